@@ -1,0 +1,18 @@
+"""ocifs mounts OCI and Docker images as a live root file system, without unpacking them.
+
+Rooms, from the ground up; a module imports only from rows above its own (``tests/test_architecture.py``):
+
+=========  ====================================================  ==================================================
+row        rooms                                                 what it knows
+=========  ====================================================  ==================================================
+names      ``errors`` ``reference`` ``spec`` ``tree``            what can go wrong; ``oci:dir:tag``; documents; nodes
+formats    ``tar`` ``compression`` ``erofs``                     header bytes, compressed streams, EROFS bytes; pure
+index      ``layer_index`` ``image_tree``                        the two files we keep: one a layer, one an image
+merge      ``overlay``                                           every whiteout rule, and nothing else
+bytes      ``sources`` ``store``                                 foreign blobs, read-only; our own cache
+image      ``image`` ``layer_data``                              joins reference, source, indexes and tree
+view       ``rootfs``                                            lookup, attributes, reading by path or inode
+uses       ``fuse``                                              FUSE protocol adapter
+process    ``daemon`` ``cli``                                    mount life cycle; commands
+=========  ====================================================  ==================================================
+"""
