@@ -64,3 +64,7 @@ class BusyError(OcifsError):
 
     exit_code = 7
     errno = _errno.EBUSY
+
+
+class StaleFormatError(OcifsError):
+    """A file of our own cache has another format version; whoever opened it builds it again. Users never see it."""

@@ -1,0 +1,390 @@
+"""Our own cache on disk: layer indexes, re-framed copies, image trees; atomic, locked, bounded.
+
+What it is: a directory of immutable files, each named by kind and key. A file appears under its name only when it is
+whole (written elsewhere, then renamed), so a process killed at any moment leaves nothing that could be mistaken for an
+entry; what it leaves in ``tmp`` is removed by the next one that opens the store.
+
+What it is not: it does not know what is in its files. Every format kept here carries its own version and checksums and is
+checked by its reader when used; a reader that finds an entry stale or damaged asks for it to be built again.
+
+Layout, below the cache directory (mode 0700)::
+
+    layers/KEY      layer indexes           (`ocifs.layer_index`)
+    reframed/KEY    re-framed copies        (`ocifs.layer_index`): as large as a layer, the first to be evicted
+    trees/KEY       image trees             (`ocifs.image_tree`)
+    archives/KEY    what a compressed outer archive hashed to, by file identity (`ocifs.image`)
+    locks/KIND.KEY  taken exclusively by the one process that builds an entry
+    tmp/            files being written, each locked by its writer
+
+Locks are flock(2) locks: they vanish with their process. An entry in use is locked shared by whoever has it open, and
+`gc` and `clear` take only what they can lock exclusively. A reader that loses the race (opened, not yet locked, unlinked)
+still holds a whole file: entries are never changed in place.
+
+Trust: whoever can write this directory decides what root's kernel mounts. So a cache that belongs to somebody else, or
+that group or others can write, is refused, and everything is reached through the directory's descriptor, not its path.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import errno
+import fcntl
+import logging
+import os
+import secrets
+import stat
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, Self, TypeVar
+
+from ocifs.errors import DamagedError, MachineError, StaleFormatError
+
+_log = logging.getLogger(__name__)
+
+Loaded = TypeVar("Loaded")
+
+DEFAULT_LIMIT = 20 << 30
+"""Bytes that `Store.gc` leaves by default: 20 GiB. An index takes about 1 % of its blob, a re-framed copy about 110 %."""
+
+
+class Kind(enum.Enum):
+    """The kinds of entry; the value is the directory's name. Order is the order of eviction: cheapest to lose first."""
+
+    REFRAMED = "reframed"
+    TREE = "trees"
+    LAYER = "layers"
+    ARCHIVE = "archives"
+
+
+class Listed(NamedTuple):
+    """One entry as `Store.entries` reports it: ``size`` in bytes on disk, ``used`` the time of last use (seconds)."""
+
+    kind: Kind
+    key: str
+    size: int
+    used: float
+    in_use: bool
+
+
+class Freed(NamedTuple):
+    """What `Store.gc` or `Store.clear` did: entries and bytes removed, and entries left because they are in use."""
+
+    entries: int
+    size: int
+    kept_in_use: int
+
+
+def default_path() -> Path:
+    """Where the cache lies if nobody says otherwise: ``/var/cache/ocifs`` for root, XDG's cache directory for others."""
+    if os.geteuid() == 0:
+        return Path("/var/cache/ocifs")
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    # The XDG Base Directory specification: a relative path is invalid and ignored.
+    return (Path(base) if base.startswith("/") else Path.home() / ".cache") / "ocifs"
+
+
+@contextlib.contextmanager
+def _said_plainly(path: Path, doing: str) -> Iterator[None]:
+    """Turn an OSError into a sentence that names the cache directory and what helps."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            advice = "free some space, run 'ocifs cache gc', or choose another place with --cache-dir"
+        else:
+            advice = "choose another place with --cache-dir or OCIFS_CACHE_DIR"
+        message = f"cannot {doing} the cache directory {path}: {error.strerror}; {advice}"
+        raise MachineError(message) from error
+
+
+class StoredFile:
+    """An entry, open for reading and locked against eviction until `close`."""
+
+    def __init__(self, fd: int, name: str) -> None:
+        """Take over ``fd``. ``name`` is for messages."""
+        self.fd = fd
+        self.name = name
+        self.size = os.fstat(fd).st_size
+
+    def read_at(self, offset: int, size: int) -> bytes:
+        """``size`` bytes at ``offset``; fewer only at the file's end. Thread-safe (pread)."""
+        return os.pread(self.fd, size, offset)
+
+    def file_range(self) -> tuple[int, int, int]:
+        """(descriptor, offset, size): the whole file, so that it can stand where a source's blob does."""
+        return self.fd, 0, self.size
+
+    def close(self) -> None:
+        """Close the descriptor and with it the lock. Harmless when repeated."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def __enter__(self) -> Self:
+        """Nothing to do: the file is open already."""
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Close."""
+        self.close()
+
+
+class NewFile:
+    """An entry being written: invisible until `publish`, gone if that is never called."""
+
+    def __init__(self, store: Store, kind: Kind) -> None:
+        """Create an empty file in ``tmp``, locked so that no other process takes it for a leftover."""
+        self._store = store
+        self._kind = kind
+        self._name = f"{kind.value}.{os.getpid()}.{secrets.token_hex(8)}"
+        with _said_plainly(store.path, "write to"):
+            fd = os.open(self._name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=store.dir_of("tmp"))
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        self.file: BinaryIO = os.fdopen(fd, "w+b")
+        self._published = False
+
+    def publish(self, key: str) -> None:
+        """Make the file an entry under ``key``, whole and on disk, replacing one that was there."""
+        with _said_plainly(self._store.path, "write to"):
+            self.file.flush()
+            # Without this a power cut could leave the name on an empty file; readers would notice, but work is lost.
+            os.fdatasync(self.file.fileno())
+            source, target = self._store.dir_of("tmp"), self._store.dir_of(self._kind.value)
+            os.rename(self._name, key, src_dir_fd=source, dst_dir_fd=target)
+        self._published = True
+
+    def __enter__(self) -> Self:
+        """Nothing to do: the file is open already."""
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Close, and remove what was not published."""
+        with contextlib.suppress(OSError):  # a failing flush was reported by publish, or the work failed anyway
+            self.file.close()
+        if not self._published:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._name, dir_fd=self._store.dir_of("tmp"))
+
+
+class Store:
+    """The cache directory, open. Safe to use from several processes at once."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        """Open the cache at ``path`` (default: `default_path`), making it if need be.
+
+        Raises `MachineError` if it cannot be made, is not a directory, belongs to somebody else or is writable by
+        somebody else.
+        """
+        self.path = (path or default_path()).absolute()
+        with _said_plainly(self.path, "create"):
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with _said_plainly(self.path, "open"):
+            self._root = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._dirs: dict[str, int] = {}
+        try:
+            self._refuse_foreign(self._root, self.path)
+            for name in (*(kind.value for kind in Kind), "locks", "tmp"):
+                self._dirs[name] = self._open_dir(name)
+            self._sweep()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open_dir(self, name: str) -> int:
+        with _said_plainly(self.path, "write to"), contextlib.suppress(FileExistsError):
+            os.mkdir(name, 0o700, dir_fd=self._root)
+        with _said_plainly(self.path, "open"):
+            fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._root)
+        try:
+            self._refuse_foreign(fd, self.path / name)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    @staticmethod
+    def _refuse_foreign(fd: int, path: Path) -> None:
+        status = os.fstat(fd)
+        if status.st_uid != os.geteuid():
+            message = f"the cache directory {path} belongs to user {status.st_uid}, not to you; choose another with --cache-dir"
+            raise MachineError(message)
+        if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            message = f"the cache directory {path} can be written by others; run 'chmod go-w {path}' if you trust what is in it"
+            raise MachineError(message)
+
+    def _sweep(self) -> None:
+        """Remove what killed processes left in ``tmp``: files that nobody has locked."""
+        directory = self.dir_of("tmp")
+        for name in os.listdir(directory):
+            with contextlib.suppress(OSError):  # gone, or locked: somebody is writing it
+                fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+                try:
+                    # A writer locks right after creating; in between its file looks abandoned. Age tells them apart.
+                    if time.time() - os.fstat(fd).st_mtime > 1:
+                        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        os.unlink(name, dir_fd=directory)
+                finally:
+                    os.close(fd)
+
+    def dir_of(self, name: str) -> int:
+        """Descriptor of one of the directories in the layout above."""
+        return self._dirs[name]
+
+    def open_entry(self, kind: Kind, key: str) -> StoredFile | None:
+        """The entry, locked against eviction; None if there is none. Marks it as used now."""
+        with _said_plainly(self.path, "read"):
+            try:
+                fd = os.open(key, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.dir_of(kind.value))
+            except FileNotFoundError:
+                return None
+            try:
+                fcntl.flock(fd, fcntl.LOCK_SH)
+                with contextlib.suppress(OSError):  # a cache on a disk that became read-only still serves
+                    os.utime(fd)
+                return StoredFile(fd, str(self.path / kind.value / key))
+            except BaseException:
+                os.close(fd)
+                raise
+
+    @contextlib.contextmanager
+    def lock(self, kind: Kind, key: str, *, waiting: Callable[[], None] | None = None) -> Iterator[None]:
+        """Hold the right to build the entry; waits while another process has it, after calling ``waiting`` once."""
+        name, directory = f"{kind.value}.{key}", self.dir_of("locks")
+        while True:
+            with _said_plainly(self.path, "write to"):
+                fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=directory)
+            try:
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    if waiting is not None:
+                        waiting()
+                    fcntl.flock(fd, fcntl.LOCK_EX)
+                # The holder before us may have removed the name while we waited: then this lock guards nothing.
+                with contextlib.suppress(FileNotFoundError):
+                    if os.path.samestat(os.fstat(fd), os.stat(name, dir_fd=directory, follow_symlinks=False)):
+                        try:
+                            yield
+                        finally:
+                            with contextlib.suppress(OSError):
+                                os.unlink(name, dir_fd=directory)
+                        return
+            finally:
+                os.close(fd)
+
+    def new(self, kind: Kind) -> NewFile:
+        """A file to write an entry into; see `NewFile`."""
+        return NewFile(self, kind)
+
+    def discard(self, kind: Kind, key: str) -> None:
+        """Forget an entry that turned out stale or damaged. Whoever has it open keeps it."""
+        with _said_plainly(self.path, "write to"), contextlib.suppress(FileNotFoundError):
+            os.unlink(key, dir_fd=self.dir_of(kind.value))
+
+    def get_or_build(
+        self,
+        kind: Kind,
+        key: str,
+        *,
+        load: Callable[[StoredFile], Loaded],
+        build: Callable[[], None],
+        waiting: Callable[[], None] | None = None,
+    ) -> Loaded:
+        """The entry as ``load`` understands it, built by ``build`` first if it is missing, stale or damaged.
+
+        ``load`` keeps the file it is given open for as long as it needs it; when it raises, the file is closed here.
+        ``build`` publishes the entry itself. One process builds while others wait (see `lock` for ``waiting``).
+        """
+        loaded = self._try_load(kind, key, load)
+        if loaded is not None:
+            return loaded
+        with self.lock(kind, key, waiting=waiting):
+            loaded = self._try_load(kind, key, load)  # somebody may have built it while we waited
+            if loaded is not None:
+                return loaded
+            build()
+            file = self.open_entry(kind, key)
+            if file is None:  # evicted between the two lines above: 'ocifs cache clear' was quick
+                message = f"the cache entry {self.path / kind.value / key} vanished while it was being made; try again"
+                raise MachineError(message)
+            return load(file)
+
+    def _try_load(self, kind: Kind, key: str, load: Callable[[StoredFile], Loaded]) -> Loaded | None:
+        file = self.open_entry(kind, key)
+        if file is None:
+            return None
+        try:
+            return load(file)
+        except (StaleFormatError, DamagedError) as error:
+            file.close()
+            _log.info("rebuilding a cache entry: %s", error)
+            self.discard(kind, key)
+            return None
+        except BaseException:
+            file.close()
+            raise
+
+    def entries(self) -> Iterator[Listed]:
+        """Every entry there is, in the order of eviction (kind, then least recently used)."""
+        for kind in Kind:
+            directory = self.dir_of(kind.value)
+            found = []
+            for name in os.listdir(directory):
+                with contextlib.suppress(FileNotFoundError):  # evicted by another process meanwhile
+                    status = os.stat(name, dir_fd=directory, follow_symlinks=False)
+                    in_use = not self._try_exclusive(kind, name, lambda: None)
+                    found.append(Listed(kind, name, status.st_blocks * 512, status.st_mtime, in_use))
+            yield from sorted(found, key=lambda one: one.used)
+
+    def _try_exclusive(self, kind: Kind, key: str, act: Callable[[], None]) -> bool:
+        """Run ``act`` while nobody has the entry open; False if somebody has."""
+        fd = os.open(key, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.dir_of(kind.value))
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            act()
+        except BlockingIOError:
+            return False
+        finally:
+            os.close(fd)
+        return True
+
+    def gc(self, limit: int = DEFAULT_LIMIT) -> Freed:
+        """Evict entries, re-framed copies first and least recently used first, until ``limit`` bytes are left."""
+        listed = list(self.entries())
+        total, entries, size, kept = sum(one.size for one in listed), 0, 0, 0
+        for one in listed:
+            if total - size <= limit:
+                break
+            if self._evict(one):
+                entries, size = entries + 1, size + one.size
+            else:
+                kept += 1
+        return Freed(entries, size, kept)
+
+    def clear(self) -> Freed:
+        """Evict everything that is not in use."""
+        return self.gc(limit=-1)
+
+    def _evict(self, one: Listed) -> bool:
+        directory = self.dir_of(one.kind.value)
+        try:
+            return self._try_exclusive(one.kind, one.key, lambda: os.unlink(one.key, dir_fd=directory))
+        except FileNotFoundError:
+            return True
+
+    def close(self) -> None:
+        """Close the directories. Open entries stay open."""
+        for fd in (*self._dirs.values(), self._root):
+            os.close(fd)
+        self._dirs.clear()
+        self._root = -1
+
+    def __enter__(self) -> Self:
+        """Nothing to do: the store is open already."""
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Close."""
+        self.close()
