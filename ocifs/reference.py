@@ -1,0 +1,178 @@
+"""What a user types to name an image, taken apart: ``oci:images/debian:12``, ``app.tar#2``, ``containerd:redis@sha256:…``.
+
+The grammar, loosest part last (containers-transports(5) is the model for the named transports)::
+
+    REF        = BODY ["@" DIGEST] ["#" N]         DIGEST selects by digest, N counts layers from 1: the image up to N
+    BODY       = "oci:" PATH [":" SELECT]          an OCI image layout
+               | "ocidir://" PATH [":" TAG]        the same, as other tools write it
+               | "oci-archive:" PATH [":" SELECT]  an OCI image layout in a tar
+               | "docker-archive:" PATH [":" SELECT]
+               | "dir:" PATH
+               | "containerd:" [NAME]
+               | PATH                              recognised by what is in it
+    SELECT     = TAG | "@" N                       N counts manifests from 0
+
+PATH ends at the first colon, except for ``dir:`` and a bare PATH, where nothing can follow it. A bare PATH that exists
+wins over any other reading, so a file called ``oci:x`` can be named.
+
+Not here: whether a path is an image, and of what kind (`ocifs.sources`). The only question this module asks about the
+world is whether a path exists, and the caller can answer it.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+import re
+from collections.abc import Callable
+from typing import Final
+
+import msgspec
+
+from ocifs.errors import DamagedError, NotFoundError, UsageError
+from ocifs.spec import Digest
+
+
+class Scheme(enum.StrEnum):
+    """Where an image is kept. The values are the words before the first colon."""
+
+    OCI = "oci"
+    OCI_ARCHIVE = "oci-archive"
+    DOCKER_ARCHIVE = "docker-archive"
+    DIR = "dir"
+    CONTAINERD = "containerd"
+    PATH = ""
+    """A bare path: recognised by its content."""
+
+
+class Selector(msgspec.Struct, frozen=True):
+    """Which image of a source: all that is given must hold. Nothing given: the only one there is (rule C12)."""
+
+    name: str | None = None
+    """Tag (OCI layouts), image name (docker-archive, containerd)."""
+    number: int | None = None
+    """``:@N``: position among the manifests, from 0."""
+    digest: Digest | None = None
+    """Of a manifest or index; in a docker-archive, of the configuration (the image ID)."""
+
+    def __str__(self) -> str:
+        name = "" if self.name is None else self.name
+        number = "" if self.number is None else f"@{self.number}"
+        digest = "" if self.digest is None else f"@{self.digest}"
+        return name + number + digest
+
+
+class Reference(msgspec.Struct, frozen=True):
+    """A parsed reference. ``path`` is empty for containerd, whose root is not part of the reference."""
+
+    text: str
+    """As the user typed it, for messages."""
+    scheme: Scheme
+    path: bytes
+    selector: Selector = Selector()
+    upto: int | None = None
+    """``#N``: only the first N layers, from 1; None: all."""
+
+
+_UPTO: Final = re.compile(r"(.*)#([0-9]+)", re.DOTALL)
+_DIGEST: Final = re.compile(
+    r"(.*)@((?:sha256|sha512|blake3):[^@/]*|[a-z0-9]+(?:[+._-][a-z0-9]+)*:[0-9A-Za-z=_-]{32,})", re.DOTALL
+)
+# A registered algorithm is meant as a digest however wrong it is written; another word only if 32 characters follow.
+_NUMBER: Final = re.compile(r"@([0-9]+)")
+_MAX_COUNT: Final = 2**31 - 1
+_OCIDIR: Final = "ocidir://"
+_SCHEMES: Final = ", ".join(f"{scheme.value}:" for scheme in Scheme if scheme.value)
+
+
+def parse(text: str, *, exists: Callable[[bytes], bool] = os.path.lexists) -> Reference:
+    """Take a reference apart. ``exists`` tells whether a path is there, for bare paths.
+
+    UsageError: not of the grammar. NotFoundError: a bare path that does not exist.
+    """
+    if not text:
+        raise UsageError("the reference is empty: give a path, or one of " + _SCHEMES)
+    if "\0" in text:
+        raise UsageError(f"the reference {text!r} holds a NUL character")
+    readings = [(text, None, None), *_suffixes(text)]
+    for body, digest, upto in readings:
+        path = _path(body)
+        if path and exists(path):
+            return Reference(text, Scheme.PATH, path, Selector(digest=_digest(digest, text)), _upto(upto, text))
+    body, digest, upto = readings[-1]
+    return _parse_named(text, body, _digest(digest, text), _upto(upto, text))
+
+
+def _suffixes(text: str) -> list[tuple[str, str | None, str | None]]:
+    """List the ways to cut ``#N`` and ``@DIGEST`` off the end, shortest cut first."""
+    found: list[tuple[str, str | None, str | None]] = []
+    body, upto = text, None
+    if match := _UPTO.fullmatch(text):
+        body, upto = match.groups()
+        found.append((body, None, upto))
+    if match := _DIGEST.fullmatch(body):
+        found.append((match[1], match[2], upto))
+    return found
+
+
+def _parse_named(text: str, body: str, digest: Digest | None, upto: int | None) -> Reference:
+    if body.startswith(_OCIDIR):
+        scheme, rest = Scheme.OCI, body.removeprefix(_OCIDIR)
+    else:
+        word, colon, rest = body.partition(":")
+        if not colon or word not in set(Scheme) or not word:
+            if "#" in rest or "#" in word:
+                raise UsageError(f"{text!r}: behind # comes a number of layers, from 1, at the end of the reference")
+            if not colon or "/" in word:
+                raise NotFoundError(f"{text!r}: no such file or directory, nor a reference such as oci:PATH:TAG")
+            raise UsageError(f"{text!r} is not a path that exists, and {word!r} is none of {_SCHEMES} ocidir://")
+        scheme = Scheme(word)
+    if scheme is Scheme.CONTAINERD:
+        return Reference(text, scheme, b"", Selector(name=rest or None, digest=digest), upto)
+    if scheme is Scheme.DIR:
+        if not rest:
+            raise UsageError(f"{text!r} has no path behind {scheme.value}:")
+        return Reference(text, scheme, _path(rest), Selector(digest=digest), upto)
+    path, colon, select = rest.partition(":")
+    if not path:
+        raise UsageError(f"{text!r} has no path behind {scheme.value}:")
+    if colon and not select and digest is None:
+        raise UsageError(f"{text!r} has nothing behind the colon that ends its path: give a tag or leave the colon out")
+    if match := _NUMBER.fullmatch(select):
+        number = _count(match[1], text)
+        return Reference(text, scheme, _path(path), Selector(number=number, digest=digest), upto)
+    if select.startswith("@"):
+        raise UsageError(f"{text!r}: behind :@ comes the number of a manifest, from 0, or a digest")
+    return Reference(text, scheme, _path(path), Selector(name=select or None, digest=digest), upto)
+
+
+def _path(text: str) -> bytes:
+    try:
+        return os.fsencode(text)
+    except UnicodeEncodeError:
+        raise UsageError(f"{text!r} holds characters that no file name can have") from None
+
+
+def _digest(text: str | None, reference: str) -> Digest | None:
+    if text is None:
+        return None
+    try:
+        return Digest.parse(text)
+    except DamagedError as error:
+        raise UsageError(f"{reference!r}: {error}") from None
+
+
+def _upto(digits: str | None, reference: str) -> int | None:
+    if digits is None:
+        return None
+    count = _count(digits, reference)
+    if count == 0:
+        raise UsageError(f"{reference!r}: layers count from 1, so nothing is left up to layer 0")
+    return count
+
+
+def _count(digits: str, reference: str) -> int:
+    # int() refuses more than 4300 digits with a ValueError of its own.
+    if len(digits) > len(str(_MAX_COUNT)) or (count := int(digits)) > _MAX_COUNT:
+        raise UsageError(f"{reference!r}: the number {digits[:20]} is too large")
+    return count

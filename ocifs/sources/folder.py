@@ -1,0 +1,57 @@
+"""Files by name, in a directory or in an archive: what the layouts of images are written over.
+
+The names that come here are made by the sources from constants and validated digests, or looked up in an archive's list
+of members; nothing read from an image ever becomes a path on disk.
+
+Not here: what the files mean.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Protocol
+
+from ocifs.sources.base import Blob
+from ocifs.sources.blob import FileBlob, shown, stat_regular
+
+
+class Folder(Protocol):
+    """Files by their relative names."""
+
+    @property
+    def name(self) -> str:
+        """Where this is, for messages."""
+
+    def size_of(self, name: bytes) -> int:
+        """Bytes in the file ``name``; NotFoundError if there is none, DamagedError if it is no regular file."""
+
+    def open(self, name: bytes) -> Blob:
+        """Open the file ``name``; errors as `size_of`."""
+
+    def close(self) -> None:
+        """Let go of what is held open; opened blobs stay usable."""
+
+
+class DirectoryFolder:
+    """A directory on disk."""
+
+    def __init__(self, path: bytes) -> None:
+        """Use the directory ``path``, which is made absolute: a daemon changes its working directory."""
+        self._path = os.path.abspath(path)
+        self.name = shown(self._path)
+
+    def _join(self, name: bytes) -> bytes:
+        assert not name.startswith(b"/")
+        assert b".." not in name.split(b"/")
+        return os.path.join(self._path, name)
+
+    def size_of(self, name: bytes) -> int:
+        """See `Folder.size_of`."""
+        return stat_regular(self._join(name)).st_size
+
+    def open(self, name: bytes) -> Blob:
+        """See `Folder.open`."""
+        return FileBlob(self._join(name))
+
+    def close(self) -> None:
+        """Do nothing: nothing is held open."""
