@@ -35,7 +35,7 @@ from __future__ import annotations
 
 import enum
 import struct
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Final
 from zlib import adler32
 
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 BLOCK_SIZE: Final = 512
 EXTENSION_LIMIT: Final = 1 << 20
-"""Bytes of one PAX header, long name or sparse map: archive/tar's maxSpecialFileSize, which is libarchive's limit too."""
+"""Bytes of one PAX header, long name or sparse map: archive/tar's maxSpecialFileSize, and libarchive's limit."""
 NOTICE_LIMIT: Final = 10_000
 """Notices kept per layer: enough for a person, and bounded for a layer of nothing but curiosities."""
 
@@ -158,7 +158,7 @@ class TarSummary(msgspec.Struct, frozen=True, gc=False):
 class _RefusedError(Exception):
     """The stream breaks a rule; caught in `TarScanner.feed`, where it becomes a `Damage`."""
 
-    def __init__(self, rule: str, layer_offset: int, message: str) -> None:
+    def __init__(self, message: str, rule: str, layer_offset: int) -> None:
         super().__init__(message)
         self.damage = Damage(rule, layer_offset, message)
 
@@ -169,7 +169,11 @@ _HEADER: Final = struct.Struct("100s 8s 8s 8s 12s 12s 8s B 100s 6s 2s 32s 32s 8s
 _ZEROS: Final = bytes(1 << 16)
 _ZERO_BLOCK: Final = bytes(BLOCK_SIZE)
 _INT64_MAX: Final = (1 << 63) - 1
+_INT64_DIGITS: Final = len(str(_INT64_MAX))
+_UINT32_MAX: Final = (1 << 32) - 1
+_ASCII_MAX: Final = 0x7F
 _NS: Final = 1_000_000_000
+_SHOWN_LIMIT: Final = 200  # bytes of a path in a message
 
 _TYPES: Final[dict[int, EntryType]] = {
     0: EntryType.FILE,
@@ -202,12 +206,12 @@ _SPARSE_PAIR: Final = (b"GNU.sparse.offset", b"GNU.sparse.numbytes")
 
 def _shown(path: bytes) -> str:
     """``path`` for a message: quoted, printable and of bounded length."""
-    text = repr(path[:200].decode("utf-8", "backslashreplace"))
-    return text if len(path) <= 200 else text + "…"
+    text = repr(path[:_SHOWN_LIMIT].decode("utf-8", "backslashreplace"))
+    return text if len(path) <= _SHOWN_LIMIT else text + "…"
 
 
 def _text(field: bytes) -> bytes:
-    """A text field up to its first NUL."""
+    """Cut a text field at its first NUL."""
     return field.partition(b"\0")[0]
 
 
@@ -215,18 +219,18 @@ _cached_text = lru_cache(maxsize=1024)(_text)  # user and group names: few, and 
 
 
 def _octal(field: bytes) -> int:
-    """An octal field: digits, with spaces and NULs around them; empty is 0. ValueError if it is anything else."""
+    """Read an octal field: digits, spaces and NULs around them; empty is 0. ValueError if it is anything else."""
     digits = _text(field.strip(b" \0"))
     if not digits:
         return 0
-    if not digits.isdigit():
+    if digits.strip(b"01234567"):  # anything else, at the ends or between, remains
         raise ValueError(field)
     return int(digits, 8)
 
 
 @lru_cache(maxsize=8192)
 def _number(field: bytes) -> int:
-    """A numeric field: octal, or GNU's base-256 (top bit set, next bit the sign, big-endian two's complement).
+    """Read a numeric field: octal, or GNU's base-256 (top bit set, next bit the sign, big-endian two's complement).
 
     ValueError if it is neither, or does not fit a signed 64-bit integer. Cached, for a layer's modes, owners and times
     are few and decoding one costs ten times as much as looking it up.
@@ -247,7 +251,7 @@ def _number(field: bytes) -> int:
 # 65521, and 256 bytes add up to at most 65280: so two Adler sums give the exact sum of all bytes.
 @lru_cache(maxsize=8192)
 def _expected_sum(field: bytes) -> int:
-    """What the low halves of both Adler sums add up to if the checksum ``field`` is right. ValueError: not octal."""
+    """Compute what the low halves of both Adler sums add up to if ``field`` is right. ValueError: it is not octal."""
     return _octal(field) - 8 * ord(" ") + sum(field) + 2
 
 
@@ -264,7 +268,7 @@ def _checksum_holds(view: memoryview, position: int, field: bytes) -> bool:
         return True
     # Signed: each byte over 127 counts 256 less, but not those of the checksum field, which count as spaces.
     block = bytes(view[position : position + BLOCK_SIZE])
-    high = sum(byte > 127 for byte in block) - sum(byte > 127 for byte in field)
+    high = sum(byte > _ASCII_MAX for byte in block) - sum(byte > _ASCII_MAX for byte in field)
     return total - 256 * high == expected
 
 
@@ -274,12 +278,12 @@ def _is_header(block: bytes) -> bool:
 
 
 def _decimal(digits: bytes) -> int:
-    """A decimal integer of PAX, with or without a sign, within 64 bits signed; else ValueError."""
+    """Read a decimal integer of PAX, with or without a sign, within 64 bits signed; else ValueError."""
     unsigned = digits[1:] if digits[:1] in {b"+", b"-"} else digits
     if not unsigned.isdigit():
         raise ValueError(digits)
     unsigned = unsigned.lstrip(b"0") or b"0"
-    if len(unsigned) > 19:  # 2**63 has 19 digits; and a long one would take quadratic time
+    if len(unsigned) > _INT64_DIGITS:  # out of range anyway, and a long one would take quadratic time
         raise ValueError(digits)
     value = -int(unsigned) if digits[:1] == b"-" else int(unsigned)
     if not -_INT64_MAX - 1 <= value <= _INT64_MAX:
@@ -288,7 +292,7 @@ def _decimal(digits: bytes) -> int:
 
 
 def _pax_time(text: bytes) -> int:
-    """A PAX time as nanoseconds, further digits cut off; ValueError if malformed."""
+    """Read a PAX time as nanoseconds, further digits cut off; ValueError if malformed."""
     seconds, _, fraction = text.partition(b".")
     whole = _decimal(seconds) * _NS
     if not fraction:
@@ -299,8 +303,8 @@ def _pax_time(text: bytes) -> int:
     return whole - part if seconds.startswith(b"-") else whole + part
 
 
-def _pax_records(body: bytes) -> dict[bytes, bytes]:
-    r"""The records of a PAX header: ``LENGTH KEY=VALUE\n`` each. A key's last value counts; ValueError if malformed.
+def _pax_records(body: bytes) -> dict[bytes, bytes]:  # noqa: C901  (each branch is one thing that can be wrong)
+    r"""Read the records of a PAX header, ``LENGTH KEY=VALUE\n`` each; a key's last value counts. ValueError: malformed.
 
     The pairs of sparse format 0.0, which come as the same two keys again and again, become the one list of 0.1.
     """
@@ -310,30 +314,23 @@ def _pax_records(body: bytes) -> dict[bytes, bytes]:
     while position < len(body):
         space = body.find(b" ", position)
         if space < 0:
-            msg = "a record without a length"
-            raise ValueError(msg)
+            raise ValueError("a record without a length")
         try:
             end = position + _decimal(body[position:space])
         except ValueError:
-            msg = "a record whose length is no number"
-            raise ValueError(msg) from None
+            raise ValueError("a record whose length is no number") from None
         if not space + 1 < end <= len(body):
-            msg = "a record that is longer than the header, or shorter than its own length"
-            raise ValueError(msg)
-        if body[end - 1] != 0x0A:
-            msg = "a record that does not end in a newline"
-            raise ValueError(msg)
+            raise ValueError("a record that is longer than the header, or shorter than its own length")
+        if body[end - 1 : end] != b"\n":
+            raise ValueError("a record that does not end in a newline")
         key, equals, value = body[space + 1 : end - 1].partition(b"=")
         if not equals or not key:
-            msg = "a record without a key"
-            raise ValueError(msg)
+            raise ValueError("a record without a key")
         if b"\0" in (value if key in _NUL_FREE else key):
-            msg = f"a NUL in record {_shown(key)}"
-            raise ValueError(msg)
+            raise ValueError(f"a NUL in record {_shown(key)}")
         if key in _SPARSE_PAIR:
             if key != _SPARSE_PAIR[len(pairs) % 2] or b"," in value:
-                msg = "sparse offsets and lengths that do not alternate"
-                raise ValueError(msg)
+                raise ValueError("sparse offsets and lengths that do not alternate")
             pairs.append(value)
         else:
             records[key] = value
@@ -344,26 +341,22 @@ def _pax_records(body: bytes) -> dict[bytes, bytes]:
 
 
 def _segments(numbers: Iterable[int], size: int, stored_size: int) -> tuple[tuple[int, int], ...]:
-    """The sparse map from its flat numbers (offset, length, …), checked; ValueError says what is wrong with it.
+    """Check a sparse map given as flat numbers (offset, length, …); ValueError says what is wrong with it.
 
     Empty segments vanish and touching ones are joined, so that each costs the sender at least a byte of data.
     """
     segments: list[tuple[int, int]] = []
     total = end = 0
     if size < 0:
-        msg = "a negative file size"
-        raise ValueError(msg)
+        raise ValueError("a negative file size")
     iterator = iter(numbers)
     for offset, length in zip(iterator, iterator, strict=True):
         if offset < 0 or length < 0:
-            msg = "a negative offset or length"
-            raise ValueError(msg)
+            raise ValueError("a negative offset or length")
         if offset < end:
-            msg = "segments that overlap or are out of order"
-            raise ValueError(msg)
+            raise ValueError("segments that overlap or are out of order")
         if offset + length > size:
-            msg = f"a segment up to {offset + length} in a file of {size} bytes"
-            raise ValueError(msg)
+            raise ValueError(f"a segment up to {offset + length} in a file of {size} bytes")
         if length:
             if segments and offset == end:
                 start, before = segments[-1]
@@ -373,8 +366,7 @@ def _segments(numbers: Iterable[int], size: int, stored_size: int) -> tuple[tupl
             total += length
         end = offset + length
     if total != stored_size:
-        msg = f"segments of {total} bytes, but {stored_size} bytes of data"
-        raise ValueError(msg)
+        raise ValueError(f"segments of {total} bytes, but {stored_size} bytes of data")
     return tuple(segments)
 
 
@@ -403,12 +395,10 @@ class TarScanner:
         "_base",
         "_carry",
         "_damage",
-        "_draft",
         "_end_offset",
         "_ended",
         "_entries",
         "_entry_count",
-        "_extension",
         "_finished",
         "_long_link",
         "_long_name",
@@ -423,14 +413,17 @@ class TarScanner:
         "_subject",
         "_then",
         "_want",
+        "_within",
         "_zero_seen",
     )
 
     def __init__(self) -> None:
+        """Start at the first byte of a layer."""
         self._base = 0  # layer offset of the chunk being fed
         self._carry = bytearray()  # the beginning of a piece that straddles chunks
         self._want = BLOCK_SIZE
         self._then: Callable[[memoryview, int, int], None] = self._header
+        self._within = ""  # what the piece belongs to, where the data must not end; empty: a header, which may not come
         self._skip = 0  # bytes to pass over before the next piece
         self._slack = 0  # how many of those are padding, which may be missing at the end of the data
         self._subject = b""  # the path whose data is being passed over
@@ -441,10 +434,6 @@ class TarScanner:
         self._records: dict[bytes, bytes] = {}
         self._long_name = b""
         self._long_link = b""
-        # The extension header whose body is being collected, as an entry.
-        self._extension: Entry | None = None
-        # The sparse file whose map is being collected.
-        self._draft: _Draft | None = None
         # The end.
         self._zero_seen = False
         self._ended = False
@@ -464,8 +453,7 @@ class TarScanner:
         ``data`` may be of any size, and is not kept. Nothing in it makes this fail: see `TarSummary.damage`.
         """
         if self._finished:
-            msg = "the scanner has been told that the data is over"
-            raise ValueError(msg)
+            raise ValueError("the scanner has been told that the data is over")
         view = memoryview(data)
         if view.format != "B" or view.ndim != 1:
             view = view.cast("B")
@@ -481,8 +469,7 @@ class TarScanner:
                 self._end_offset = refused.damage.layer_offset
                 self._forget()
             else:
-                if self._ended:
-                    self._behind(view, position)
+                self._behind(view, position)  # nothing is left unless the archive has ended
         self._base += size
         self._entry_count += len(entries)
         self._entries = []
@@ -490,7 +477,7 @@ class TarScanner:
 
     @property
     def passable(self) -> int:
-        """How many of the next bytes mean nothing to the scanner: a reader that can seek may `pass_over` up to so many."""
+        """How many of the next bytes mean nothing to the scanner; a reader that can seek may `pass_over` so many."""
         if self._ended:
             return 0
         return _INT64_MAX if self._damage is not None else self._skip
@@ -498,8 +485,7 @@ class TarScanner:
     def pass_over(self, size: int) -> None:
         """Count ``size`` bytes, at most `passable`, as fed. They must exist: nobody else finds truncation then."""
         if not 0 <= size <= self.passable:
-            msg = f"{size} bytes are not all passable"
-            raise ValueError(msg)
+            raise ValueError(f"{size} bytes are not all passable")
         if self._damage is None:
             self._skip -= size
         self._base += size
@@ -549,10 +535,14 @@ class TarScanner:
                     self._then(piece, 0, base + position - len(piece))
         return position
 
-    def _await(self, size: int, then: Callable[[memoryview, int, int], None]) -> None:
+    def _await(self, size: int, then: Callable[[memoryview, int, int], None], within: str) -> None:
         """Wait for a piece of ``size`` bytes; ``then`` is given a view, the position in it, and the layer offset."""
         self._want = size
         self._then = then
+        self._within = within
+
+    def _await_header(self) -> None:
+        self._await(BLOCK_SIZE, self._header, "")
 
     def _pass(self, subject: bytes, size: int) -> None:
         """Pass over ``size`` bytes of ``subject``'s data and their padding, up to the next header."""
@@ -563,7 +553,6 @@ class TarScanner:
     def _forget(self) -> None:
         """Let go of everything that was kept for entries to come."""
         self._carry = bytearray()
-        self._extension = self._draft = None
         self._records = {}
         self._long_name = self._long_link = b""
         self._pending_offset = None
@@ -595,15 +584,15 @@ class TarScanner:
             minor_field,
             prefix,
         ) = _HEADER.unpack_from(view, position)
-        if not name_field[0] and view[position : position + BLOCK_SIZE] == _ZERO_BLOCK:
+        if not name_field[0] and bytes(view[position : position + BLOCK_SIZE]) == _ZERO_BLOCK:
             self._zero(offset)
             return
         if self._zero_seen:
             msg = f"a block that is not zero follows a single zero block at layer offset {offset}"
-            raise _RefusedError("D13", offset, msg)
+            raise _RefusedError(msg, "D13", offset)
         if not _checksum_holds(view, position, checksum_field):
             msg = f"the tar header at layer offset {offset} has a wrong checksum, or is none"
-            raise _RefusedError("D6", offset, msg)
+            raise _RefusedError(msg, "D6", offset)
 
         path = name_field.partition(b"\0")[0]
         uname = gname = b""
@@ -615,7 +604,9 @@ class TarScanner:
             size = _number(size_field)
             mtime_ns = _number(mtime_field) * _NS
             if magic == b"ustar\0":
-                if view[position + 508 : position + BLOCK_SIZE] == b"tar\0":  # star: a shorter prefix, then two times
+                if (
+                    bytes(view[position + 508 : position + BLOCK_SIZE]) == b"tar\0"
+                ):  # star: a shorter prefix, then two times
                     _number(bytes(view[position + 476 : position + 488]))
                     _number(bytes(view[position + 488 : position + 500]))
                     prefix = prefix[:131]
@@ -632,8 +623,8 @@ class TarScanner:
                 if prefix and prefix[0]:
                     path = prefix.partition(b"\0")[0] + b"/" + path
         except ValueError as error:
-            msg = f"the tar header at layer offset {offset} has a numeric field that is no number: {error.args[0]!r}"
-            raise _RefusedError("D6", offset, msg) from None
+            msg = f"the tar header at layer offset {offset} has a numeric field that is no number: {_shown(error.args[0])}"
+            raise _RefusedError(msg, "D6", offset) from None
 
         kind = _TYPES.get(typeflag)
         has_data = kind is None or kind is EntryType.FILE
@@ -671,8 +662,8 @@ class TarScanner:
                         if value := records.get(key):
                             _pax_time(value)
                 except ValueError as error:
-                    msg = f"the PAX header at layer offset {header_offset} has a number that is none: {error.args[0]!r}"
-                    raise _RefusedError("D6", header_offset, msg) from None
+                    msg = f"the PAX header at layer offset {header_offset} has a number that is none: {_shown(error.args[0])}"
+                    raise _RefusedError(msg, "D6", header_offset) from None
                 xattrs = tuple(
                     (key[len(_XATTR_PREFIX) :], value)
                     for key, value in records.items()
@@ -692,10 +683,10 @@ class TarScanner:
             raise self._negative_size(path, size, header_offset)
 
         # What chown(2) and mknod(2) would make of numbers they cannot hold, and containerd of such a time.
-        if not 0 <= uid <= 0xFFFFFFFF or not 0 <= gid <= 0xFFFFFFFF:
+        if not 0 <= uid <= _UINT32_MAX or not 0 <= gid <= _UINT32_MAX:
             self._notice("D3", path, header_offset, f"owner {uid}:{gid} is cut to 32 bits")
-            uid &= 0xFFFFFFFF
-            gid &= 0xFFFFFFFF
+            uid &= _UINT32_MAX
+            gid &= _UINT32_MAX
         if not 0 <= mtime_ns <= _INT64_MAX:
             if mtime_ns > 0:
                 self._notice("D9", path, header_offset, f"the time {mtime_ns // _NS} s is out of range, and taken as 0")
@@ -737,7 +728,7 @@ class TarScanner:
                 self._pass(path, stored_size)
 
     def _gnu_prefix(self, field: bytes) -> bytes:
-        """The prefix in place of GNU's access and change time, if those are not times; ValueError is not raised."""
+        """Take the prefix in place of GNU's access and change time, if those are not times."""
         try:
             for time in (field[:12], field[12:24]):
                 if time[0]:
@@ -749,7 +740,7 @@ class TarScanner:
 
     def _negative_size(self, path: bytes, size: int, offset: int) -> _RefusedError:
         msg = f"the tar header of {_shown(path)} at layer offset {offset} has the negative size {size}"
-        return _RefusedError("D6", offset, msg)
+        return _RefusedError(msg, "D6", offset)
 
     def _zero(self, offset: int) -> None:
         """Take a zero block: the first one may be the end, the second is."""
@@ -778,17 +769,17 @@ class TarScanner:
                 f"the extension header at layer offset {offset} declares {size} bytes, "
                 f"more than the {EXTENSION_LIMIT} that any reader takes"
             )
-            raise _RefusedError("D6", offset, msg)
+            raise _RefusedError(msg, "D6", offset)
         if self._pending_offset is None:
             self._pending_offset = offset
         mode, uid, gid, mtime_ns = attributes
-        self._extension = Entry(
+        extension = Entry(
             path,
             EntryType.OTHER,
             typeflag,
             mode & 0o7777,
-            uid & 0xFFFFFFFF,
-            gid & 0xFFFFFFFF,
+            uid & _UINT32_MAX,
+            gid & _UINT32_MAX,
             mtime_ns if 0 <= mtime_ns <= _INT64_MAX else 0,
             0,
             self._pending_offset,
@@ -796,20 +787,17 @@ class TarScanner:
             size,
         )
         if size:
-            self._await(size, self._extension_body)
+            self._await(size, partial(self._extension_body, extension), "an extension header")
         else:
-            self._extend(b"")
+            self._extend(extension, b"")
 
-    def _extension_body(self, view: memoryview, position: int, _offset: int) -> None:
-        size = self._want
-        self._await(BLOCK_SIZE, self._header)
+    def _extension_body(self, extension: Entry, view: memoryview, position: int, _offset: int) -> None:
+        size = extension.stored_size
         self._skip = self._slack = -size % BLOCK_SIZE
-        self._extend(bytes(view[position : position + size]))
+        self._await_header()
+        self._extend(extension, bytes(view[position : position + size]))
 
-    def _extend(self, body: bytes) -> None:
-        extension = self._extension
-        assert extension is not None  # noqa: S101  (set by _begin_extension, the only way here)
-        self._extension = None
+    def _extend(self, extension: Entry, body: bytes) -> None:
         match extension.typeflag:
             case 0x4C:  # L
                 self._long_name = _text(body)
@@ -821,7 +809,7 @@ class TarScanner:
                     records = _pax_records(body)
                 except ValueError as error:
                     msg = f"the PAX header at layer offset {offset} is malformed: {error}"
-                    raise _RefusedError("D6", offset, msg) from None
+                    raise _RefusedError(msg, "D6", offset) from None
                 if extension.typeflag == _PAX_FLAG:
                     self._records = records
                 else:
@@ -830,9 +818,7 @@ class TarScanner:
     def _global(self, extension: Entry, records: dict[bytes, bytes]) -> None:
         """Report a global header as an entry; it ends what extension headers came before it, and changes nothing."""
         if extension.header_offset != extension.data_offset - BLOCK_SIZE:
-            msg = (
-                f"extension headers before the global one at layer offset {extension.data_offset - BLOCK_SIZE} are lost"
-            )
+            msg = f"the extension headers before the global one at {extension.data_offset - BLOCK_SIZE} have no effect"
             self._notice("D5", extension.path, extension.header_offset, msg)
         if ignored := [key for key in records if key != b"comment"]:
             msg = f"a global header whose attributes are ignored: {', '.join(map(_shown, ignored[:8]))}"
@@ -849,17 +835,16 @@ class TarScanner:
             segments = _segments(numbers, entry.size, draft.left)
         except ValueError as error:
             raise self._bad_sparse(entry, str(error)) from None
-        self._draft = None
         self._entries.append(
             msgspec.structs.replace(entry, data_offset=data_offset, stored_size=draft.left, sparse=segments)
         )
         self._pass(entry.path, draft.left)
-        self._await(BLOCK_SIZE, self._header)
+        self._await_header()
 
     def _bad_sparse(self, entry: Entry, what: str) -> _RefusedError:
         offset = entry.header_offset
         msg = f"the sparse map of {_shown(entry.path)} at layer offset {offset} is impossible: {what}"
-        return _RefusedError("D8", offset, msg)
+        return _RefusedError(msg, "D8", offset)
 
     def _begin_gnu_sparse(self, entry: Entry, block: memoryview, *, gnu: bool) -> None:
         """Read the four segments in an old GNU sparse header, and the file's size."""
@@ -869,7 +854,7 @@ class TarScanner:
             size = _number(bytes(block[483:495]))
         except ValueError:
             raise self._bad_sparse(entry, "its size is no number") from None
-        draft = self._draft = _Draft(msgspec.structs.replace(entry, size=size))
+        draft = _Draft(msgspec.structs.replace(entry, size=size))
         self._gnu_segments(draft, bytes(block[386:483]), entry.data_offset)
 
     def _gnu_segments(self, draft: _Draft, array: bytes, behind: int) -> None:
@@ -886,11 +871,11 @@ class TarScanner:
             return
         if behind - draft.entry.data_offset >= EXTENSION_LIMIT:
             raise self._bad_sparse(draft.entry, f"it is longer than {EXTENSION_LIMIT} bytes")
-        self._await(BLOCK_SIZE, self._gnu_sparse_block)
+        within = f"the sparse map of {_shown(draft.entry.path)}"
+        self._await(BLOCK_SIZE, partial(self._gnu_sparse_block, draft), within)
 
-    def _gnu_sparse_block(self, view: memoryview, position: int, offset: int) -> None:
-        assert self._draft is not None  # noqa: S101  (waited for only with a draft)
-        self._gnu_segments(self._draft, bytes(view[position : position + 505]), offset + BLOCK_SIZE)
+    def _gnu_sparse_block(self, draft: _Draft, view: memoryview, position: int, offset: int) -> None:
+        self._gnu_segments(draft, bytes(view[position : position + 505]), offset + BLOCK_SIZE)
 
     def _begin_pax_sparse(self, entry: Entry, records: dict[bytes, bytes]) -> bool:
         """Read what PAX records say about a sparse file; False if they say nothing, or speak of an unknown version."""
@@ -915,7 +900,6 @@ class TarScanner:
         path = records.get(b"GNU.sparse.name") or entry.path
         draft = _Draft(msgspec.structs.replace(entry, path=path, size=size))
         if version == (b"1", b"0"):
-            self._draft = draft
             self._await_map(draft)
             return True
         texts = segment_map.split(b",") if segment_map else []
@@ -936,11 +920,10 @@ class TarScanner:
             raise self._bad_sparse(draft.entry, "it does not end within the file's data")
         if len(draft.text) + BLOCK_SIZE > EXTENSION_LIMIT:
             raise self._bad_sparse(draft.entry, f"it is longer than {EXTENSION_LIMIT} bytes")
-        self._await(BLOCK_SIZE, self._map_block)
+        within = f"the sparse map of {_shown(draft.entry.path)}"
+        self._await(BLOCK_SIZE, partial(self._map_block, draft), within)
 
-    def _map_block(self, view: memoryview, position: int, offset: int) -> None:
-        draft = self._draft
-        assert draft is not None  # noqa: S101  (waited for only with a draft)
+    def _map_block(self, draft: _Draft, view: memoryview, position: int, offset: int) -> None:
         block = bytes(view[position : position + BLOCK_SIZE])
         draft.text += block
         draft.left -= BLOCK_SIZE
@@ -980,13 +963,9 @@ class TarScanner:
             missing = self._skip - self._slack
             msg = f"the layer ends at layer offset {end}, where {missing} bytes of {_shown(self._subject)} are missing"
             self._damage = Damage("D6", end, msg)
-        elif self._draft is not None:
-            path = _shown(self._draft.entry.path)
-            self._damage = Damage("D6", end, f"the layer ends at layer offset {end}, within the sparse map of {path}")
-        elif self._extension is not None:
-            self._damage = Damage("D6", end, f"the layer ends at layer offset {end}, within an extension header")
-        elif self._carry:
-            self._damage = Damage("D6", end, f"the layer ends at layer offset {end}, within a tar header")
+        elif self._within or self._carry:
+            within = self._within or "a tar header"
+            self._damage = Damage("D6", end, f"the layer ends at layer offset {end}, within {within}")
         elif self._zero_seen:
             return
         self._end_offset = end
