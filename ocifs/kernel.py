@@ -48,27 +48,35 @@ def mount_erofs(source: bytes, devices: Sequence[bytes], target: bytes, *, flags
 
     Raises `MachineError` with what the kernel said; nothing stays mounted then.
     """
-    context = _call("fsopen", _FSOPEN, b"erofs", _FSOPEN_CLOEXEC)
+    mount = _create(source, devices, flags)
     try:
-        try:
-            _call("fsconfig", _FSCONFIG, context, _FSCONFIG_SET_STRING, b"source", source, 0)
-            for device in devices:
-                _call("fsconfig", _FSCONFIG, context, _FSCONFIG_SET_STRING, b"device", device, 0)
-            for flag in flags:
-                _call("fsconfig", _FSCONFIG, context, _FSCONFIG_SET_FLAG, flag.encode(), None, 0)
-            _call("fsconfig", _FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0)
-            mount = _call("fsmount", _FSMOUNT, context, _FSMOUNT_CLOEXEC, _MOUNT_ATTR_RDONLY)
-        except OSError as error:
-            said = _messages(context)
-            message = f"the kernel cannot mount {os.fsdecode(source)} as EROFS: {error.strerror}{said and f' ({said})'}"
-            raise MachineError(message) from error
-        try:
-            _call("move_mount", _MOVE_MOUNT, mount, b"", _AT_FDCWD, target, _MOVE_MOUNT_F_EMPTY_PATH)
-        except OSError as error:
-            message = f"cannot mount on {os.fsdecode(target)}: {error.strerror}"
-            raise MachineError(message) from error
-        finally:
-            os.close(mount)
+        _call("move_mount", _MOVE_MOUNT, mount, b"", _AT_FDCWD, target, _MOVE_MOUNT_F_EMPTY_PATH)
+    except OSError as error:
+        message = f"cannot mount on {os.fsdecode(target)}: {error.strerror}"
+        raise MachineError(message) from error
+    finally:
+        os.close(mount)
+
+
+def _create(source: bytes, devices: Sequence[bytes], flags: Sequence[str]) -> int:
+    """Make the mount, not yet attached anywhere: a descriptor whose closing would end it."""
+    try:
+        context = _call("fsopen", _FSOPEN, b"erofs", _FSOPEN_CLOEXEC)
+    except OSError as error:
+        message = f"the kernel has no EROFS to mount with: {error.strerror}"
+        raise MachineError(message) from error
+    try:
+        _call("fsconfig", _FSCONFIG, context, _FSCONFIG_SET_STRING, b"source", source, 0)
+        for device in devices:
+            _call("fsconfig", _FSCONFIG, context, _FSCONFIG_SET_STRING, b"device", device, 0)
+        for flag in flags:
+            _call("fsconfig", _FSCONFIG, context, _FSCONFIG_SET_FLAG, flag.encode(), None, 0)
+        _call("fsconfig", _FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0)
+        return _call("fsmount", _FSMOUNT, context, _FSMOUNT_CLOEXEC, _MOUNT_ATTR_RDONLY)
+    except OSError as error:
+        said = _messages(context)
+        message = f"the kernel cannot mount {os.fsdecode(source)} as EROFS: {error.strerror}{said and f' ({said})'}"
+        raise MachineError(message) from error
     finally:
         os.close(context)
 

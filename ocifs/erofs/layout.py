@@ -97,7 +97,7 @@ SYMLINK_MAX: Final = 4095
 """``PATH_MAX`` without its NUL: what readlink(2) of the kernel can return."""
 
 
-def crc32c(data: bytes) -> int:
+def crc32c(data: bytes | bytearray) -> int:
     """The superblock's checksum: CRC-32C (Castagnoli) started with all ones and not inverted at the end (``super.c``)."""
     crc = 0xFFFFFFFF
     for byte in data:

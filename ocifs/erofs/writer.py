@@ -20,7 +20,7 @@ Not here: reading (`ocifs.erofs.reader`), the file around the image (`ocifs.imag
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from typing import BinaryIO, Final, NamedTuple, NoReturn
 
@@ -175,6 +175,8 @@ class Encoder:
                 raise UnsupportedError(message)
         self._uuid = uuid
         self._volume_name = volume_name
+        self.placed: dict[Node, int] = {}
+        """The nid of every node, by rising nid."""
         self.synthetic: list[SyntheticExtent] = []
         """What the synthetic device is made of, in order; between them are zeros."""
         self.left_out: list[LeftOut] = []
@@ -184,7 +186,6 @@ class Encoder:
         """Bytes of content that the files have in layers, each inode once, holes not counted."""
         self._synthetic_blocks = 0
         self._odd_chunks = 0
-        self._nids: dict[Node, int] = {}  # in the order of their places
         self._extra_links: dict[Node, int] = {}
         self._chunked: dict[Node, _Chunked] = {}
         self._xattrs: dict[tuple[tuple[bytes, bytes], ...], tuple[bytes, list[str]]] = {}
@@ -202,7 +203,7 @@ class Encoder:
     @property
     def inode_count(self) -> int:
         """Inodes, the root included, a file with several names once."""
-        return len(self._nids)
+        return len(self.placed)
 
     @property
     def device_count(self) -> int:
@@ -214,10 +215,6 @@ class Encoder:
         """Bytes of the synthetic device; 0 if there is none."""
         return self._synthetic_blocks * BLOCK_SIZE
 
-    def nids(self) -> Iterator[tuple[int, Node]]:
-        """Every (nid, node), by rising nid."""
-        return ((nid, node) for node, nid in self._nids.items())
-
     # ---- first pass
 
     def _place_everything(self, root: Node) -> None:
@@ -228,7 +225,7 @@ class Encoder:
         top = _Directory(root, None, b"")
         top.nid = ROOT_NID
         self._directory_of[root] = top
-        self._nids[root] = ROOT_NID
+        self.placed[root] = ROOT_NID
         position = base + (ROOT_NID << SLOT_BITS)
         header = INODE_SIZE + len(self._encode_xattrs(root, None, b""))
         if (position + header) % BLOCK_SIZE + top.tail > BLOCK_SIZE:
@@ -253,7 +250,7 @@ class Encoder:
             directory.start = position
             position += outside * BLOCK_SIZE
         subdirs: list[_Directory] = []
-        nids = self._nids
+        nids = self.placed
         file_kind = Kind.FILE
         children = directory.node.children
         if not children:
@@ -410,7 +407,7 @@ class Encoder:
         writer = _Pieces(out)
         writer.extend(self._head())
         base = self._meta_block * BLOCK_SIZE
-        items = iter(self._nids.items())
+        items = iter(self.placed.items())
         root, root_nid = next(items)
         writer.pad_to(base + (root_nid << SLOT_BITS))
         writer.extend(self._inode(root, root_nid))
@@ -449,7 +446,7 @@ class Encoder:
         if self._synthetic_blocks:
             devices.append((b"synthetic", self._synthetic_blocks))
         fields = [
-            SUPER_MAGIC, 0, FEATURE_COMPAT_SB_CHKSUM | FEATURE_COMPAT_MTIME, BLOCK_BITS, 0, ROOT_NID, len(self._nids),
+            SUPER_MAGIC, 0, FEATURE_COMPAT_SB_CHKSUM | FEATURE_COMPAT_MTIME, BLOCK_BITS, 0, ROOT_NID, len(self.placed),
             0, 0, self._blocks, self._meta_block, 0, self._uuid, self._volume_name,
             FEATURE_INCOMPAT_CHUNKED_FILE | (FEATURE_INCOMPAT_DEVICE_TABLE if devices else 0),
             0, len(devices), DEVICE_TABLE_SLOT if devices else 0, 0, 0, 0, 0, 0,
@@ -511,7 +508,7 @@ class Encoder:
 
     def _entries(self, directory: _Directory, first: int, end: int) -> bytes:
         """The blocks ``first`` to ``end`` of a directory, each padded to its full size."""
-        nids = self._nids
+        nids = self.placed
         children = directory.node.children or {}
         own = (directory.nid, directory.parent.nid if directory.parent else directory.nid)
         blocks: list[bytes] = []
