@@ -279,6 +279,8 @@ def _is_header(block: bytes) -> bool:
 
 def _decimal(digits: bytes) -> int:
     """Read a decimal integer of PAX, with or without a sign, within 64 bits signed; else ValueError."""
+    if len(digits) < _INT64_DIGITS and digits.isdigit():
+        return int(digits)
     unsigned = digits[1:] if digits[:1] in {b"+", b"-"} else digits
     if not unsigned.isdigit():
         raise ValueError(digits)
@@ -623,7 +625,7 @@ class TarScanner:
                 if prefix and prefix[0]:
                     path = prefix.partition(b"\0")[0] + b"/" + path
         except ValueError as error:
-            msg = f"the tar header at layer offset {offset} has a numeric field that is no number: {_shown(error.args[0])}"
+            msg = f"the tar header at layer offset {offset} has a field that is no number: {_shown(error.args[0])}"
             raise _RefusedError(msg, "D6", offset) from None
 
         kind = _TYPES.get(typeflag)
@@ -662,7 +664,8 @@ class TarScanner:
                         if value := records.get(key):
                             _pax_time(value)
                 except ValueError as error:
-                    msg = f"the PAX header at layer offset {header_offset} has a number that is none: {_shown(error.args[0])}"
+                    bad = _shown(error.args[0])
+                    msg = f"the PAX header at layer offset {header_offset} has a value that is no number: {bad}"
                     raise _RefusedError(msg, "D6", header_offset) from None
                 xattrs = tuple(
                     (key[len(_XATTR_PREFIX) :], value)
@@ -772,59 +775,66 @@ class TarScanner:
             raise _RefusedError(msg, "D6", offset)
         if self._pending_offset is None:
             self._pending_offset = offset
-        mode, uid, gid, mtime_ns = attributes
-        extension = Entry(
-            path,
-            EntryType.OTHER,
-            typeflag,
-            mode & 0o7777,
-            uid & _UINT32_MAX,
-            gid & _UINT32_MAX,
-            mtime_ns if 0 <= mtime_ns <= _INT64_MAX else 0,
-            0,
-            self._pending_offset,
-            offset + BLOCK_SIZE,
-            size,
-        )
-        if size:
-            self._await(size, partial(self._extension_body, extension), "an extension header")
+        take: Callable[[bytes, int], None]
+        if typeflag == _PAX_FLAG:
+            take = self._take_records
+        elif typeflag == _LONG_NAME_FLAG:
+            take = self._take_long_name
+        elif typeflag == _LONG_LINK_FLAG:
+            take = self._take_long_link
         else:
-            self._extend(extension, b"")
+            take = partial(self._take_global, path, attributes)
+        if size:
+            self._await(size, partial(self._extension_body, take), "an extension header")
+        else:
+            take(b"", offset)
 
-    def _extension_body(self, extension: Entry, view: memoryview, position: int, _offset: int) -> None:
-        size = extension.stored_size
+    def _extension_body(self, take: Callable[[bytes, int], None], view: memoryview, position: int, offset: int) -> None:
+        size = self._want
         self._skip = self._slack = -size % BLOCK_SIZE
         self._await_header()
-        self._extend(extension, bytes(view[position : position + size]))
+        take(bytes(view[position : position + size]), offset - BLOCK_SIZE)
 
-    def _extend(self, extension: Entry, body: bytes) -> None:
-        match extension.typeflag:
-            case 0x4C:  # L
-                self._long_name = _text(body)
-            case 0x4B:  # K
-                self._long_link = _text(body)
-            case _:
-                offset = extension.data_offset - BLOCK_SIZE
-                try:
-                    records = _pax_records(body)
-                except ValueError as error:
-                    msg = f"the PAX header at layer offset {offset} is malformed: {error}"
-                    raise _RefusedError(msg, "D6", offset) from None
-                if extension.typeflag == _PAX_FLAG:
-                    self._records = records
-                else:
-                    self._global(extension, records)
+    def _take_long_name(self, body: bytes, _offset: int) -> None:
+        self._long_name = _text(body)
 
-    def _global(self, extension: Entry, records: dict[bytes, bytes]) -> None:
+    def _take_long_link(self, body: bytes, _offset: int) -> None:
+        self._long_link = _text(body)
+
+    def _take_records(self, body: bytes, offset: int) -> None:
+        try:
+            self._records = _pax_records(body)
+        except ValueError as error:
+            msg = f"the PAX header at layer offset {offset} is malformed: {error}"
+            raise _RefusedError(msg, "D6", offset) from None
+
+    def _take_global(self, path: bytes, attributes: tuple[int, int, int, int], body: bytes, offset: int) -> None:
         """Report a global header as an entry; it ends what extension headers came before it, and changes nothing."""
-        if extension.header_offset != extension.data_offset - BLOCK_SIZE:
-            msg = f"the extension headers before the global one at {extension.data_offset - BLOCK_SIZE} have no effect"
-            self._notice("D5", extension.path, extension.header_offset, msg)
-        if ignored := [key for key in records if key != b"comment"]:
+        header_offset = offset if self._pending_offset is None else self._pending_offset
+        self._take_records(body, offset)
+        if header_offset != offset:
+            msg = f"the extension headers before the global one at layer offset {offset} have no effect"
+            self._notice("D5", path, header_offset, msg)
+        if ignored := [key for key in self._records if key != b"comment"]:
             msg = f"a global header whose attributes are ignored: {', '.join(map(_shown, ignored[:8]))}"
-            self._notice("D7", extension.path, extension.header_offset, msg)
+            self._notice("D7", path, header_offset, msg)
         self._forget()
-        self._entries.append(extension)
+        mode, uid, gid, mtime_ns = attributes
+        self._entries.append(
+            Entry(
+                path,
+                EntryType.OTHER,
+                _GLOBAL_FLAG,
+                mode & 0o7777,
+                uid & _UINT32_MAX,
+                gid & _UINT32_MAX,
+                mtime_ns if 0 <= mtime_ns <= _INT64_MAX else 0,
+                0,
+                header_offset,
+                offset + BLOCK_SIZE,
+                len(body),
+            )
+        )
 
     # --- sparse files -----------------------------------------------------------------------------------------------
 
