@@ -262,17 +262,23 @@ class Store:
                     if waiting is not None:
                         waiting()
                     fcntl.flock(fd, fcntl.LOCK_EX)
-                # The holder before us may have removed the name while we waited: then this lock guards nothing.
-                with contextlib.suppress(FileNotFoundError):
-                    if os.path.samestat(os.fstat(fd), os.stat(name, dir_fd=directory, follow_symlinks=False)):
-                        try:
-                            yield
-                        finally:
-                            with contextlib.suppress(OSError):
-                                os.unlink(name, dir_fd=directory)
-                        return
+                if self._names(directory, name, fd):
+                    try:
+                        yield
+                    finally:
+                        with contextlib.suppress(OSError):
+                            os.unlink(name, dir_fd=directory)
+                    return
             finally:
                 os.close(fd)
+
+    @staticmethod
+    def _names(directory: int, name: str, fd: int) -> bool:
+        """Whether ``name`` still means the file open as ``fd``. If its last holder removed it, a lock on it guards nothing."""
+        try:
+            return os.path.samestat(os.fstat(fd), os.stat(name, dir_fd=directory, follow_symlinks=False))
+        except FileNotFoundError:
+            return False
 
     def new(self, kind: Kind) -> NewFile:
         """A file to write an entry into; see `NewFile`."""

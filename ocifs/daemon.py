@@ -1,0 +1,527 @@
+"""The life of a mount: claim the place, mount, tell who waits when it answers, end cleanly however it ends.
+
+A mount is one process. The command opens the image (which may index layers for a while, with a progress bar), claims the
+mount point, forks, and waits for one line from the child: ``ready`` once the mount has answered a stat(2), or the sentence
+that says why not. In the foreground there is no fork and no wait.
+
+Mount records
+    A claim is a file in the runtime directory (``/run/ocifs`` for root, else ``$XDG_RUNTIME_DIR/ocifs``), one per mount
+    point, locked with flock(2) for as long as its daemon lives. So a lock says who is alive, whatever happened: a record
+    that can be locked belongs to a dead daemon and is removed by whoever finds it. The content (JSON, `Record`) is what
+    ``ocifs ps`` prints.
+
+How a mount ends
+    SIGTERM, SIGINT or an unmount by anyone: the session loop returns, the mount is taken down if it is still there, the
+    record goes, exit status 0. After kill -9 the kernel answers ENOTCONN on the mount point; the next ``ocifs mount`` or
+    ``ocifs umount`` of that directory removes the dead mount.
+
+Concurrency contract
+    One thread runs trio and pyfuse3; worker threads run `LayerData.decode` and the one stat(2) that proves readiness.
+    pyfuse3 reads the FUSE descriptor with the GIL held. If a reader is killed between the wake-up and that read, its
+    request is gone and the read blocks, and with it every thread, until somebody sends another request. `_ReadGuard`
+    bounds that to 50 ms.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import hashlib
+import logging
+import logging.handlers
+import os
+import select
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+import msgspec
+
+from ocifs.errors import BusyError, MachineError, NotFoundError, OcifsError, UsageError
+from ocifs.rootfs import RootFS
+
+_log = logging.getLogger(__name__)
+
+FS_TYPE = "fuse.ocifs"
+"""File system type in mountinfo: FUSE with subtype ocifs."""
+
+GOODBYE = 30.0
+"""Seconds `unmount` waits for a daemon to be gone before it says what may hold it."""
+
+_MNT_DETACH = 2  # include/uapi/linux/mount.h / umount(2)
+
+
+class Record(msgspec.Struct, frozen=True):
+    """One mount as ``ocifs ps`` shows it. ``started_ns`` counts from the epoch; paths as surrogateescape strings."""
+
+    mountpoint: str
+    reference: str
+    driver: str
+    pid: int
+    started_ns: int
+    layers: int
+    manifest: str
+    cache: str
+    log: str
+
+
+class MountEntry(NamedTuple):
+    """A line of mountinfo (proc_pid_mountinfo(5)): what is mounted where."""
+
+    mountpoint: bytes
+    fs_type: str
+    source: bytes
+    major_minor: str
+
+
+# -- where things are ----------------------------------------------------------------------------------------------
+
+
+def runtime_dir() -> Path:
+    """Where mount records lie; made, mode 0700, if need be. Raises `MachineError` if it is not ours alone."""
+    if os.geteuid() == 0:
+        path = Path("/run/ocifs")
+    elif os.environ.get("XDG_RUNTIME_DIR", "").startswith("/"):
+        path = Path(os.environ["XDG_RUNTIME_DIR"]) / "ocifs"
+    else:
+        path = Path(f"/tmp/ocifs-{os.geteuid()}")  # noqa: S108 (checked below: ours, and not writable by others)
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = path.lstat()
+    except OSError as error:
+        message = f"cannot make the runtime directory {path}: {error.strerror}; set XDG_RUNTIME_DIR to a directory of yours"
+        raise MachineError(message) from error
+    if status.st_uid != os.geteuid() or status.st_mode & 0o022 or not path.is_dir():
+        message = f"the runtime directory {path} is not a directory that belongs to you alone; remove it or set XDG_RUNTIME_DIR"
+        raise MachineError(message)
+    return path
+
+
+def _unescape(field: bytes) -> bytes:
+    """Undo mountinfo's octal escapes of space, tab, newline and backslash."""
+    out, rest = b"", field
+    while b"\\" in rest:
+        head, _, rest = rest.partition(b"\\")
+        out += head + bytes([int(rest[:3], 8)])
+        rest = rest[3:]
+    return out + rest
+
+
+def mounts() -> list[MountEntry]:
+    """Every mount this process sees, in mount order (a later one hides an earlier one at the same place)."""
+    found = []
+    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
+        left, _, right = line.partition(b" - ")
+        fields, tail = left.split(b" "), right.split(b" ")
+        found.append(MountEntry(_unescape(fields[4]), tail[0].decode(), _unescape(tail[1]), fields[2].decode()))
+    return found
+
+
+def mounted_at(path: Path) -> MountEntry | None:
+    """What is mounted exactly at ``path`` (the topmost), found without touching it: it may be dead."""
+    wanted = os.fsencode(path)
+    return next((entry for entry in reversed(mounts()) if entry.mountpoint == wanted), None)
+
+
+def _real(path: Path) -> Path:
+    """The path as mountinfo has it; works on a dead mount point too, which lstat(2) refuses."""
+    return Path(os.path.realpath(path))
+
+
+def _record_path(mountpoint: Path) -> Path:
+    return runtime_dir() / (hashlib.sha256(os.fsencode(mountpoint)).hexdigest()[:32] + ".json")
+
+
+# -- claims and records --------------------------------------------------------------------------------------------
+
+
+class Claim:
+    """The right to mount at one place, held while its descriptor is open (in this process or one forked from it)."""
+
+    def __init__(self, mountpoint: Path) -> None:
+        """Claim ``mountpoint``. Raises `BusyError` with the reference of whoever has it."""
+        self.path = _record_path(mountpoint)
+        self.log = self.path.with_suffix(".log")
+        while True:
+            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                other = _read_record(self._fd)
+                os.close(self._fd)
+                what = f"{other.reference} (pid {other.pid})" if other else "another ocifs, which is just starting"
+                message = f"{mountpoint} is taken by {what}; unmount it first: ocifs umount {mountpoint}"
+                raise BusyError(message) from None
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(self._fd), os.stat(self.path)):
+                    return
+            os.close(self._fd)  # its last holder removed the name while we opened it
+
+    def write(self, record: Record) -> None:
+        """Say what is mounted."""
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, msgspec.json.encode(record), 0)
+
+    def release(self) -> None:
+        """Give the place up and remove the record."""
+        with contextlib.suppress(FileNotFoundError):
+            self.path.unlink()
+        os.close(self._fd)
+
+
+def _read_record(fd: int) -> Record | None:
+    try:
+        return msgspec.json.decode(os.pread(fd, 1 << 20, 0), type=Record)
+    except msgspec.MsgspecError:
+        return None  # claimed, not yet written
+
+
+def records() -> Iterator[Record]:
+    """Every live mount of this user, oldest first. Records of dead daemons are removed on the way."""
+    found = []
+    for path in runtime_dir().glob("*.json"):
+        with contextlib.suppress(FileNotFoundError):
+            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                record = _read_record(fd)
+                if record is not None:
+                    found.append(record)
+            else:
+                path.unlink()
+                path.with_suffix(".log").unlink(missing_ok=True)
+            finally:
+                os.close(fd)
+    yield from sorted(found, key=lambda record: record.started_ns)
+
+
+# -- before mounting -----------------------------------------------------------------------------------------------
+
+
+def check_machine() -> None:
+    """Raise `MachineError` if FUSE cannot work here, saying what to do about it."""
+    try:
+        import pyfuse3  # noqa: F401, PLC0415 (asks whether it is there; everything but mounting works without)
+    except ImportError as error:
+        message = f"pyfuse3 cannot be loaded ({error}); install it with: pip install 'ocifs-mount[fuse]' (needs fuse3, libfuse3-dev, pkg-config, gcc)"
+        raise MachineError(message) from error
+    try:
+        os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
+    except FileNotFoundError:
+        message = "there is no /dev/fuse; load the module with 'modprobe fuse', or start the container with '--device /dev/fuse --cap-add SYS_ADMIN'"
+        raise MachineError(message) from None
+    except OSError as error:
+        message = f"/dev/fuse cannot be opened ({error.strerror}); become root or ask for permission on it"
+        raise MachineError(message) from error
+    if os.geteuid() != 0 and not any(os.access(Path(d) / "fusermount3", os.X_OK) for d in os.get_exec_path()):
+        message = "fusermount3 is not installed, and without it only root can mount; install the package fuse3"
+        raise MachineError(message)
+
+
+def prepare_mountpoint(mountpoint: Path, *, nonempty: bool = False) -> Path:
+    """The real path of a directory that can be mounted on, a dead mount of ours removed from it.
+
+    Raises `NotFoundError`, `UsageError` or `BusyError`, each naming the directory and what to do.
+    """
+    path = _real(mountpoint)
+    there = mounted_at(path)
+    if there is not None and there.fs_type == FS_TYPE and _is_dead(path):
+        _log.warning("removing the dead mount that a killed daemon left at %s", path)
+        _detach(path, lazy=True)
+        there = mounted_at(path)
+    if there is not None and there.fs_type == FS_TYPE:
+        source = os.fsdecode(there.source)
+        message = f"{path} has {source} mounted on it already; unmount it first: ocifs umount {path}"
+        raise BusyError(message)
+    try:
+        names = os.listdir(path)
+    except FileNotFoundError:
+        message = f"there is no directory {mountpoint}; make it first: mkdir -p {mountpoint}"
+        raise NotFoundError(message) from None
+    except NotADirectoryError:
+        message = f"{mountpoint} is not a directory; an image can be mounted only on one"
+        raise UsageError(message) from None
+    except OSError as error:
+        message = f"cannot look into {mountpoint}: {error.strerror}"
+        raise MachineError(message) from error
+    if names and not nonempty:
+        message = f"{mountpoint} is not empty ({len(names)} names), and a mount would hide what is in it; take another directory, or say -o nonempty"
+        raise BusyError(message)
+    return path
+
+
+def _is_dead(path: Path) -> bool:
+    try:
+        os.stat(path)
+    except OSError as error:
+        return error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
+    return False
+
+
+def _libc_umount(path: Path, flags: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.umount2(os.fsencode(path), flags) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(path))
+
+
+def _detach(path: Path, *, lazy: bool) -> None:
+    """Unmount ``path``: umount2(2) for root, fusermount3 for others. Raises OSError (EBUSY among others)."""
+    if os.geteuid() == 0:
+        _libc_umount(path, _MNT_DETACH if lazy else 0)
+        return
+    command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 (no shell, our own words)
+    if done.returncode:
+        number = errno.EBUSY if "busy" in done.stderr else errno.EPERM
+        raise OSError(number, done.stderr.strip() or "fusermount3 failed", str(path))
+
+
+# -- serving -------------------------------------------------------------------------------------------------------
+
+
+class _ReadGuard:
+    """Bounds how long pyfuse3's blocking read can hold the GIL after its request vanished (module docstring).
+
+    While the loop is awake an interval timer is armed; its SIGALRM makes a read that blocks return EINTR, and pyfuse3
+    goes on waiting properly. Going to sleep disarms it, so an idle daemon takes no signals. Two setitimer(2) calls a
+    wake-up take about 1 µs. (O_NONBLOCK is no way out: pyfuse3 takes EAGAIN for the end.) It is a trio Instrument.
+    """
+
+    PERIOD = 0.05
+    """Seconds: far above what a wake-up takes, and short enough that nobody notices."""
+
+    def before_io_wait(self, timeout: float) -> None:
+        if timeout > 0:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def after_io_wait(self, timeout: float) -> None:  # noqa: ARG002 (trio's signature)
+        signal.setitimer(signal.ITIMER_REAL, self.PERIOD, self.PERIOD)
+
+
+def fuse_options(extra: Sequence[str], reference: str) -> set[str]:
+    """Options for libfuse: ours, then the user's (``-o``). Raises `UsageError` for one that could not work."""
+    # A comma separates options; libfuse takes a backslash to mean the next character itself (fuse_opt.h).
+    shown = reference.encode(errors="backslashreplace").decode("ascii", errors="backslashreplace")
+    shown = shown.replace("\\", "\\\\").replace(",", "\\,")
+    options = {"ro", "nosuid", "nodev", "default_permissions", "subtype=ocifs", f"fsname={shown}"}
+    opposites = {"suid": "nosuid", "dev": "nodev", "exec": "noexec", "atime": "noatime"}
+    known = {*opposites, *opposites.values(), "allow_other", "allow_root", "auto_unmount", "default_permissions", "ro", "nonempty"}
+    for option in extra:
+        if option in ("rw", "async", "sync", "remount", "bind", "lazytime"):
+            message = f"the option {option!r} makes no sense for an image, which is read-only"
+            raise UsageError(message)
+        if option not in known:
+            message = f"the option {option!r} is not known; known are {', '.join(sorted(known))}"
+            raise UsageError(message)
+        if option in opposites:
+            options.discard(opposites[option])
+        if option not in ("nonempty", "auto_unmount", "ro"):
+            options.add(option)
+        if option == "auto_unmount":
+            options.add(option)
+    return options
+
+
+def serve(trees: Sequence[RootFS], mountpoint: Path, options: set[str], on_ready: Callable[[], None]) -> None:
+    """Mount ``trees`` and serve them until the mount ends. ``on_ready`` is called once a stat(2) has been answered.
+
+    Raises `MachineError` if mounting fails.
+    """
+    import pyfuse3  # noqa: PLC0415 (only what mounts may need FUSE)
+    import trio  # noqa: PLC0415
+
+    from ocifs.fuse import Adapter  # noqa: PLC0415
+
+    class Guard(_ReadGuard, trio.abc.Instrument):
+        pass
+
+    async def prove() -> None:
+        await trio.to_thread.run_sync(os.stat, mountpoint)
+        on_ready()
+
+    async def obey(signals: contextlib.AbstractContextManager[object]) -> None:
+        with signals as received:
+            async for number in received:  # type: ignore[attr-defined]
+                _log.info("ending on %s", signal.Signals(number).name)
+                pyfuse3.terminate()
+                return
+
+    async def session() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(obey, trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT))
+            nursery.start_soon(prove)
+            # Each worker beyond the first is started under load and takes a 1 MiB buffer; have some from the start.
+            await pyfuse3.main(min_tasks=8)
+            nursery.cancel_scope.cancel()
+
+    adapter = Adapter(trees)
+    signal.signal(signal.SIGALRM, lambda *_: None)
+    try:
+        pyfuse3.init(adapter, str(mountpoint), options)
+    except RuntimeError as error:
+        message = f"mounting on {mountpoint} failed ({error}); 'ocifs doctor' says what this machine lacks"
+        raise MachineError(message) from error
+    try:
+        trio.run(session, instruments=[Guard()])
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        pyfuse3.close(unmount=True)
+
+
+def run_foreground(trees: Sequence[RootFS], mountpoint: Path, options: set[str], record: Record, claim: Claim) -> None:
+    """Serve in this process until the mount ends."""
+    try:
+        claim.write(msgspec.structs.replace(record, pid=os.getpid()))
+        serve(trees, mountpoint, options, lambda: _log.info("%s is mounted on %s", record.reference, mountpoint))
+    finally:
+        claim.release()
+
+
+def run_background(trees: Sequence[RootFS], mountpoint: Path, options: set[str], record: Record, claim: Claim) -> None:
+    """Fork a daemon that serves; return when the mount answers, or raise what the daemon says went wrong."""
+    told, tell = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(told)
+        _daemon(trees, mountpoint, options, record, claim, tell)
+    os.close(tell)
+    answer = b""
+    with os.fdopen(told, "rb") as pipe:
+        answer = pipe.readline()
+    if answer == b"ready\n":
+        return
+    os.waitpid(child, 0)
+    if answer:
+        raise MachineError(answer.decode().rstrip("\n"))
+    message = f"the daemon for {mountpoint} died before the mount answered"
+    raise MachineError(message)
+
+
+def _daemon(
+    trees: Sequence[RootFS], mountpoint: Path, options: set[str], record: Record, claim: Claim, tell: int
+) -> NoReturn:
+    """Be the daemon; never returns. What goes wrong before readiness is told through the pipe, later into the log."""
+    status = 0
+    try:
+        os.setsid()
+        os.chdir("/")
+        log_to_background(claim.log)
+        null = os.open(os.devnull, os.O_RDWR)
+        claim.write(msgspec.structs.replace(record, pid=os.getpid()))
+        # libfuse says on stderr why a mount failed; let it until that is decided.
+        for stream in (0, 1):
+            os.dup2(null, stream)
+
+        def ready() -> None:
+            os.dup2(null, 2)
+            os.write(tell, b"ready\n")
+            os.close(tell)
+
+        serve(trees, mountpoint, options, ready)
+    except OcifsError as error:
+        status = error.exit_code
+        _log.error("%s", error)  # noqa: TRY400 (an expected failure: the sentence is enough)
+        with contextlib.suppress(OSError):
+            os.write(tell, f"{error}\n".encode())
+    except BaseException:
+        status = 70  # EX_SOFTWARE in sysexits.h: a bug
+        _log.exception("the daemon ended in a way that was not foreseen")
+    finally:
+        claim.release()
+        if status == 0:
+            claim.log.unlink(missing_ok=True)
+        logging.shutdown()
+        # Not sys.exit: nothing of the parent's (its atexit functions, its buffers) may run in the child.
+        os._exit(status)
+
+
+def log_to_background(path: Path) -> None:
+    """Send the log to a file beside the record and, where there is one, to the system's log."""
+    root = logging.getLogger()
+    for handler in list(root.handlers):
+        root.removeHandler(handler)
+    file = logging.handlers.RotatingFileHandler(path, maxBytes=1 << 20, backupCount=1)
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    root.addHandler(file)
+    if Path("/dev/log").exists():
+        with contextlib.suppress(OSError):
+            system = logging.handlers.SysLogHandler("/dev/log", logging.handlers.SysLogHandler.LOG_DAEMON)
+            system.setFormatter(logging.Formatter(f"ocifs[{os.getpid()}]: %(message)s"))
+            root.addHandler(system)
+
+
+# -- ending --------------------------------------------------------------------------------------------------------
+
+
+def unmount(mountpoint: Path, *, lazy: bool = False) -> None:
+    """Unmount ``mountpoint`` and return when its daemon is gone. Cleans up after a daemon that was killed.
+
+    Raises `NotFoundError` if nothing of ocifs is mounted there, `BusyError` (naming the processes) if it is in use or the
+    daemon does not end within `GOODBYE` seconds.
+    """
+    path = _real(mountpoint)
+    there = mounted_at(path)
+    if there is None or there.fs_type != FS_TYPE:
+        message = f"nothing of ocifs is mounted on {mountpoint}; 'ocifs ps' lists what is"
+        raise NotFoundError(message)
+    record = next((one for one in records() if one.mountpoint == str(path)), None)
+    daemon = _pidfd(record.pid) if record else None
+    try:
+        try:
+            _detach(path, lazy=lazy or _is_dead(path))
+        except OSError as error:
+            if error.errno == errno.EBUSY:
+                message = f"{path} is in use by {_users(path)}; end them, or say --lazy"
+                raise BusyError(message) from None
+            message = f"cannot unmount {path}: {error.strerror}"
+            raise MachineError(message) from error
+        if daemon is not None and not lazy and not select.select([daemon], [], [], GOODBYE)[0]:
+            message = (
+                f"{path} is unmounted, but its daemon (pid {record.pid if record else 0}) still serves: another mount "
+                "namespace, such as a container's, holds a copy of the mount; it ends with that namespace"
+            )
+            raise BusyError(message)
+    finally:
+        if daemon is not None:
+            os.close(daemon)
+
+
+def _pidfd(pid: int) -> int | None:
+    try:
+        return os.pidfd_open(pid)
+    except ProcessLookupError:
+        return None
+
+
+def _users(path: Path) -> str:
+    """Name the processes that keep a mount busy, as far as this user may see: ``vim (pid 71), bash (pid 70)``."""
+    device = next((entry.major_minor for entry in reversed(mounts()) if entry.mountpoint == os.fsencode(path)), "")
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            links = [process / "cwd", process / "root", process / "exe", *(process / "fd").iterdir()]
+            if any(_on_device(link, device) for link in links):
+                found.append(f"{(process / 'comm').read_text().strip()} (pid {process.name})")
+    return ", ".join(found) or "a process that you may not see"
+
+
+def _on_device(link: Path, device: str) -> bool:
+    try:
+        number = os.stat(link).st_dev
+    except OSError:
+        return False
+    return f"{os.major(number)}:{os.minor(number)}" == device
+
+
+def now_ns() -> int:
+    """Nanoseconds since the epoch, for `Record.started_ns`."""
+    return time.time_ns()
+
+

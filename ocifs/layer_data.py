@@ -1,0 +1,67 @@
+"""The uncompressed bytes of one layer by random access, span by span.
+
+Joins a layer index (where the spans are) with the blob they lie in. Stateless but for its open files: what is worth
+keeping is kept by `ocifs.rootfs`, which bounds it over all layers. Safe to call from several threads at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+from ocifs.layer_index import LayerIndex
+
+
+class Bytes(Protocol):
+    """What a span is read from: a source's blob or a file of the store."""
+
+    name: str
+
+    def read_at(self, offset: int, size: int) -> bytes:
+        """Return ``size`` bytes at ``offset``; fewer at the end."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the file."""
+        ...
+
+
+class SpanSlice(NamedTuple):
+    """Part of a span: bytes ``start`` to ``stop`` of the decoded span ``span``."""
+
+    span: int
+    start: int
+    stop: int
+
+
+class LayerData:
+    """One layer's uncompressed tar. ``number`` counts from 1."""
+
+    def __init__(self, number: int, index: LayerIndex, stored: Bytes) -> None:
+        """Read spans of ``index`` from ``stored``: the blob, or its re-framed copy if the index says so."""
+        self.number = number
+        self.index = index
+        self.size = index.layer_size
+        self._stored = stored
+
+    def slices(self, layer_offset: int, size: int) -> Iterator[SpanSlice]:
+        """Say which parts of which spans hold ``size`` bytes at ``layer_offset``; nothing beyond the layer's end."""
+        stop = min(layer_offset + size, self.size)
+        if layer_offset >= stop:
+            return
+        number = self.index.spans.span_at(layer_offset)
+        while layer_offset < stop:
+            first, length = self.index.spans.layer_range(number)
+            end = min(stop, first + length)
+            yield SpanSlice(number, layer_offset - first, end - first)
+            layer_offset = end
+            number += 1
+
+    def decode(self, span: int) -> bytes:
+        """Read, verify and inflate one span; blocking. Raises `DamagedError` naming blob, span and offset."""
+        return self.index.decode(span, self._stored.read_at)
+
+    def close(self) -> None:
+        """Close the index and the blob."""
+        self._stored.close()
+        self.index.close()
