@@ -24,13 +24,15 @@ from __future__ import annotations
 import enum
 import os
 import re
-from collections.abc import Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
 from ocifs.errors import DamagedError, NotFoundError, UsageError
 from ocifs.spec import Digest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 class Scheme(enum.StrEnum):

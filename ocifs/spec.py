@@ -24,12 +24,14 @@ import hashlib
 import platform as _platform
 import re
 import sys
-from collections.abc import Mapping
-from typing import Annotated, Any, Final, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Final, Protocol, Self, TypeVar
 
 import msgspec
 
 from ocifs.errors import DamagedError, UnsupportedError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 MAX_DOCUMENT_SIZE: Final = 4 * 1024 * 1024
 """Bytes of the largest manifest, index or configuration that is read: 4 MiB, as containers/image and registries have it.
@@ -38,7 +40,7 @@ Real ones are a few KiB; an index with 20 platforms and attestations is about 20
 """
 
 MAX_DIGEST_LENGTH: Final = 255
-"""Characters of the longest digest that is kept. SHA-512's has 135; the digest becomes a file name (NAME_MAX 255)."""
+"""Characters of the longest digest that is kept: SHA-512's has 135, and a file name 255 at most (NAME_MAX)."""
 
 
 class MediaType(enum.StrEnum):
@@ -97,9 +99,6 @@ class Hasher(Protocol):
         """Lower-case hex of all bytes so far."""
 
 
-_D = TypeVar("_D", bound="_Hash")
-
-
 class _Hash(msgspec.Struct, frozen=True, gc=False):
     """An algorithm and the encoded value, as in ``sha256:9f86…``. Never used itself: see `Digest` and `DiffID`."""
 
@@ -110,7 +109,7 @@ class _Hash(msgspec.Struct, frozen=True, gc=False):
         return f"{self.algorithm}:{self.hex}"
 
     @classmethod
-    def parse(cls: type[_D], text: str) -> _D:
+    def parse(cls, text: str) -> Self:
         """Read ``algorithm:encoded`` (image-spec descriptor.md, "Digests"); DamagedError if it is not of that form."""
         match = _DIGEST.fullmatch(text) if len(text) <= MAX_DIGEST_LENGTH else None
         if match is None:
@@ -122,7 +121,7 @@ class _Hash(msgspec.Struct, frozen=True, gc=False):
         return cls(algorithm, encoded)
 
     @classmethod
-    def of(cls: type[_D], data: bytes | memoryview, algorithm: str = "sha256") -> _D:
+    def of(cls, data: bytes | memoryview, algorithm: str = "sha256") -> Self:
         """Compute the digest of ``data``."""
         hasher = cls(algorithm, "").hasher()
         hasher.update(data)
@@ -181,7 +180,7 @@ _VARIANTS: Final = {
     "amd64": ("v4", "v3", "v2", "v1"),
 }
 _DEFAULT_VARIANT: Final = {"arm": "v7", "arm64": "v8", "amd64": "v1"}
-_PLATFORM_WORD: Final = re.compile(r"[A-Za-z0-9_.-]+")
+_PLATFORM: Final = re.compile(r"([A-Za-z0-9_.-]+)/([A-Za-z0-9_.-]+)(?:/([A-Za-z0-9_.-]+))?")
 
 
 class Platform(msgspec.Struct, frozen=True):
@@ -199,10 +198,10 @@ class Platform(msgspec.Struct, frozen=True):
     @classmethod
     def parse(cls, text: str) -> Platform:
         """Read ``os/arch[/variant]`` as a user types it; UsageError if it is not of that form."""
-        words = text.split("/")
-        if not 2 <= len(words) <= 3 or not all(_PLATFORM_WORD.fullmatch(word) for word in words):  # noqa: PLR2004
+        match = _PLATFORM.fullmatch(text)
+        if match is None:
             raise UsageError(f"{_quoted(text)} is not a platform such as linux/amd64 or linux/arm64/v8")
-        return cls(*words)
+        return cls(match[1], match[2], match[3] or "")
 
     @classmethod
     def host(cls) -> Platform:
@@ -606,6 +605,7 @@ def parse_config(raw: bytes) -> ImageConfig:
 
 
 _T = TypeVar("_T")
+_D = TypeVar("_D", Digest, DiffID)
 
 
 def _decode(decoder: msgspec.json.Decoder[_T], raw: bytes, what: str) -> _T:

@@ -11,16 +11,18 @@ Not here: how any source is laid out (the modules beside this one), decompressio
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
-from ocifs.errors import OcifsError
-from ocifs.reference import Selector
-from ocifs.spec import Descriptor, DiffID, Digest, ImageConfig, Index, Manifest, Platform
-from ocifs.tree import Warned
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ocifs.errors import OcifsError
+    from ocifs.reference import Selector
+    from ocifs.spec import Descriptor, DiffID, Digest, ImageConfig, Index, Manifest, Platform
+    from ocifs.tree import Warned
 
 
 class FileRange(msgspec.Struct, frozen=True, gc=False):

@@ -13,10 +13,13 @@ import errno
 import os
 import stat
 import threading
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from ocifs.errors import DamagedError, MachineError, NotFoundError, OcifsError
 from ocifs.sources.base import Blob, FileRange
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _OPEN_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 _MISSING = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL})

@@ -9,10 +9,12 @@ Not here: what the files mean.
 from __future__ import annotations
 
 import os
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from ocifs.sources.base import Blob
 from ocifs.sources.blob import FileBlob, shown, stat_regular
+
+if TYPE_CHECKING:
+    from ocifs.sources.base import Blob
 
 
 class Folder(Protocol):

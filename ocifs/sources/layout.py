@@ -8,16 +8,18 @@ Not here: choosing and verifying (`ocifs.sources.resolve`).
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
 from ocifs.errors import DamagedError, NotFoundError, UnsupportedError
-from ocifs.reference import Selector
-from ocifs.sources.base import Blob, Offered, ResolvedImage
-from ocifs.sources.folder import Folder
 from ocifs.sources.resolve import Resolver, Top, offered, read_document, within
 from ocifs.spec import Descriptor, Digest, Index, MediaType, Platform, parse_document
+
+if TYPE_CHECKING:
+    from ocifs.reference import Selector
+    from ocifs.sources.base import Blob, Offered, ResolvedImage
+    from ocifs.sources.folder import Folder
 
 REF_NAME: Final = "org.opencontainers.image.ref.name"
 FULL_NAME: Final = "io.containerd.image.name"

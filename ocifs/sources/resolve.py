@@ -12,16 +12,15 @@ Not here: where the blobs are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import msgspec
 
 from ocifs.errors import DamagedError, NotFoundError, OcifsError, UnsupportedError, UsageError
-from ocifs.reference import Selector
 from ocifs.sources.base import Blob, LayerBlob, Offered, ResolvedImage
 from ocifs.sources.blob import BytesBlob
+from ocifs.sources.names import same_name
 from ocifs.spec import (
     DOCUMENT_TYPES,
     INDEX_TYPES,
@@ -38,6 +37,11 @@ from ocifs.spec import (
     parse_document,
 )
 from ocifs.tree import Warned
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from ocifs.reference import Selector
 
 _MAX_DEPTH: Final = 16
 """Indexes inside indexes that are followed. The spec gives no limit; nobody nests more than two."""
@@ -112,30 +116,54 @@ def read_document(blob: Blob, what: str) -> bytes:
         blob.close()
 
 
+class Warnings:
+    """What is noted while an image is resolved, and whether what is wrong is refused or noted."""
+
+    def __init__(self, *, examine: bool) -> None:
+        """Under ``examine`` warn where an image can still be read."""
+        self.examine = examine
+        self._noted: dict[Warned, None] = {}
+
+    @property
+    def noted(self) -> tuple[Warned, ...]:
+        """Everything, once, in order."""
+        return tuple(self._noted)
+
+    def warn(self, rule: str, message: str, layer: int = 0) -> None:
+        """Note a warning."""
+        self._noted[Warned(rule, layer, b"", message)] = None
+
+    def refuse(self, rule: str, error: OcifsError, layer: int = 0) -> None:
+        """Raise ``error``, or under examination note it."""
+        if not self.examine:
+            raise error
+        self.warn(rule, str(error), layer)
+
+    def check_config(self, config: ImageConfig, layer_count: int, wanted: Platform) -> None:
+        """Apply rule C8 and, for an image that was not chosen by platform, C9."""
+        problem = config.rootfs_problem(layer_count)
+        if problem is not None:
+            self.refuse("C8", problem)
+        if config.platform.is_known and config.platform.rank_for(wanted) is None:
+            self.warn("C9", f"the image is for {config.platform}; {wanted} was asked for")
+
+
+def _is_called(top: Top, name: str) -> bool:
+    """Whether ``name`` is a shorter or longer spelling of an image name; tags have only one spelling."""
+    return any(same_name(name, other) for other in top.names if "/" in other or ":" in other)
+
+
 class Resolver:
     """One resolution: reads documents, collects warnings. Used once, by one thread."""
 
     def __init__(self, store: BlobStore, *, examine: bool) -> None:
         """Read from ``store``; under ``examine`` warn where an image can still be read."""
         self._store = store
-        self._examine = examine
-        self._warnings: list[Warned] = []
+        self.warnings = Warnings(examine=examine)
         self._documents: dict[Digest, tuple[bytes, Manifest | Index]] = {}
         self._missing: list[str] = []
 
     # -- documents ----------------------------------------------------------------------------------------------------
-
-    def warn(self, rule: str, message: str, layer: int = 0) -> None:
-        """Note a warning, once."""
-        warned = Warned(rule, layer, b"", message)
-        if warned not in self._warnings:
-            self._warnings.append(warned)
-
-    def refuse(self, rule: str, error: OcifsError, layer: int = 0) -> None:
-        """Raise ``error``, or under examination make it a warning."""
-        if not self._examine:
-            raise error
-        self.warn(rule, str(error), layer)
 
     def read(self, descriptor: Descriptor, what: str) -> bytes:
         """Give a document's bytes, verified: embedded ones if there are any, else the blob's."""
@@ -143,7 +171,7 @@ class Resolver:
             try:
                 descriptor.embedded()
             except OcifsError as error:
-                self.refuse("C6", type(error)(f"{what} {error}"))
+                self.warnings.refuse("C6", type(error)(f"{what} {error}"))
             else:
                 return descriptor.data
         if descriptor.size > MAX_DOCUMENT_SIZE:
@@ -153,7 +181,7 @@ class Resolver:
             )
         blob = self._store.open_digest(descriptor.digest)
         where = blob.name
-        if blob.size > MAX_DOCUMENT_SIZE and not self._examine:
+        if blob.size > MAX_DOCUMENT_SIZE and not self.warnings.examine:
             blob.close()
             raise DamagedError(
                 f"{what} {descriptor.digest}: {where} has {blob.size} bytes, its descriptor says {descriptor.size}"
@@ -162,7 +190,7 @@ class Resolver:
         try:
             descriptor.check(data, where)
         except OcifsError as error:
-            self.refuse("C5" if isinstance(error, UnsupportedError) else "C4", type(error)(f"{what} {error}"))
+            self.warnings.refuse("C5" if isinstance(error, UnsupportedError) else "C4", type(error)(f"{what} {error}"))
         return data
 
     def document(self, descriptor: Descriptor) -> tuple[bytes, Manifest | Index]:
@@ -231,6 +259,7 @@ class Resolver:
             tops = tops[selector.number : selector.number + 1]
         if selector.name is not None:
             named = [top for top in tops if selector.name in top.names]
+            named = named or [top for top in tops if _is_called(top, selector.name)]
             if not named:
                 there = listed([name for top in tops for name in top.names])
                 there = f"it has {there}" if there else f"it has {len(tops)} without a name" if tops else "it is empty"
@@ -340,7 +369,7 @@ class Resolver:
         if best is not None:
             return best[1]
         if len(silent) == 1 and not there:
-            self.warn("C9", f"{where} does not say for which platform its image is; {wanted} was asked for")
+            self.warnings.warn("C9", f"{where} does not say for which platform its image is; {wanted} was asked for")
             return silent[0]
         names = f"it has {listed(there)}" if there else "it lists no image"
         missing = f"; {self._missing[0]}" if self._missing else ""
@@ -378,11 +407,11 @@ class Resolver:
                 with within(f"config {manifest.config.digest}"):
                     config = parse_config(config_raw)
         except OcifsError as error:
-            if artifact is None and not self._examine:
+            if artifact is None and not self.warnings.examine:
                 raise
-            self.warn("C10" if artifact else "C4", str(error))
+            self.warnings.warn("C10" if artifact else "C4", str(error))
         if config is not None:
-            self.check_config(config, len(manifest.layers), wanted)
+            self.warnings.check_config(config, len(manifest.layers), wanted)
         diff_ids = config.diff_ids if config is not None else ()
         layers = tuple(
             self._layer(number, descriptor, diff_ids[number - 1] if number <= len(diff_ids) else None)
@@ -401,21 +430,8 @@ class Resolver:
             config_digest=manifest.config.digest,
             layers=layers,
             artifact=artifact,
-            warnings=self.warnings,
+            warnings=self.warnings.noted,
         )
-
-    @property
-    def warnings(self) -> tuple[Warned, ...]:
-        """What was noted, in order."""
-        return tuple(self._warnings)
-
-    def check_config(self, config: ImageConfig, layer_count: int, wanted: Platform) -> None:
-        """Apply rules C8 and, for an image that was not chosen by platform, C9."""
-        problem = config.rootfs_problem(layer_count)
-        if problem is not None:
-            self.refuse("C8", problem)
-        if config.platform.is_known and config.platform.rank_for(wanted) is None:
-            self.warn("C9", f"the image is for {config.platform}; {wanted} was asked for")
 
     def _layer(self, number: int, descriptor: Descriptor, diff_id: DiffID | None) -> LayerBlob:
         problem: OcifsError | None = descriptor.layer_problem()
@@ -430,8 +446,8 @@ class Resolver:
             data = None
             problem = problem or error
         else:
-            if self._examine and descriptor.is_foreign and not descriptor.is_encrypted and problem is not None:
-                self.warn("C10", f"{problem}; it is here, and is read", number)
+            if self.warnings.examine and descriptor.is_foreign and not descriptor.is_encrypted and problem is not None:
+                self.warnings.warn("C10", f"{problem}; it is here, and is read", number)
                 problem = None
         return LayerBlob(
             number=number,
@@ -452,7 +468,7 @@ class Resolver:
                     f"{descriptor.digest} has {stored} bytes in {self._store.description}, "
                     f"its descriptor says {descriptor.size}"
                 )
-                self.refuse("C4", error, number)
+                self.warnings.refuse("C4", error, number)
 
     def _opener(self, digest: Digest, data: bytes | None) -> Callable[[], Blob]:
         store = self._store
