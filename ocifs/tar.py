@@ -725,7 +725,7 @@ class TarScanner:
         )
         if typeflag == _SPARSE_FLAG:
             self._begin_gnu_sparse(entry, view[position : position + BLOCK_SIZE], gnu=magic == b"ustar ")
-        elif not records or kind is EntryType.OTHER or not self._begin_pax_sparse(entry, records):
+        elif not records or not self._begin_pax_sparse(entry, records):
             self._entries.append(entry)
             if stored_size:
                 self._pass(path, stored_size)
@@ -845,9 +845,10 @@ class TarScanner:
             segments = _segments(numbers, entry.size, draft.left)
         except ValueError as error:
             raise self._bad_sparse(entry, str(error)) from None
-        self._entries.append(
-            msgspec.structs.replace(entry, data_offset=data_offset, stored_size=draft.left, sparse=segments)
-        )
+        entry = msgspec.structs.replace(entry, data_offset=data_offset, stored_size=draft.left, sparse=segments)
+        if entry.type is not EntryType.FILE:
+            entry = msgspec.structs.replace(entry, size=0, sparse=None)
+        self._entries.append(entry)
         self._pass(entry.path, draft.left)
         self._await_header()
 
@@ -896,9 +897,9 @@ class TarScanner:
                 return False
         elif version not in {(b"0", b"0"), (b"0", b"1"), (b"1", b"0")}:
             return False
-        if entry.type is not EntryType.FILE:
+        if entry.type is not EntryType.FILE and entry.type is not EntryType.OTHER:
             raise self._bad_sparse(entry, "it is no file")
-        size = entry.size
+        size = entry.stored_size
         count = 0
         try:
             if value := records.get(b"GNU.sparse.size") or records.get(b"GNU.sparse.realsize"):
