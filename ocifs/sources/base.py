@@ -1,8 +1,8 @@
 """The contracts between images at rest and everything that reads them.
 
 A *source* is a place that holds images: a layout directory, an archive, containerd's store. All of them answer the same
-three questions (`Source`), and what they answer is made of the same values: `Offered`, `ResolvedImage`, `LayerBlob`. The
-seam for bytes is `Blob`: random access, nothing else.
+three questions (`Source`), and what they answer is made of the same values: `Offered`, `ResolvedImage`, `LayerBlob`.
+The seam for bytes is `Blob`: random access, nothing else.
 
 Nothing here or in the sources ever writes, creates, locks or renames anything where the images are.
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ocifs.tree import Warned
 
 
-class FileRange(msgspec.Struct, frozen=True, gc=False):
+class FileRange(NamedTuple):
     """Where stored bytes lie in an open file: ``size`` bytes from ``offset`` of descriptor ``fd``.
 
     The descriptor belongs to the blob and is valid until the blob is closed.
@@ -37,7 +37,7 @@ class FileRange(msgspec.Struct, frozen=True, gc=False):
 
 
 class Blob(Protocol):
-    """Random access to stored bytes. `read_at` may be called from several threads at once; `close` by one, at the end."""
+    """Random access to stored bytes. Several threads may call `read_at` at once; one calls `close`, at the end."""
 
     @property
     def name(self) -> str:
@@ -75,7 +75,7 @@ class LayerBlob:
     size: int
     descriptor: Descriptor | None
     problem: OcifsError | None
-    """Why this layer cannot be part of a root file system: missing, encrypted, foreign, wrong size. None: nothing known."""
+    """Why this layer cannot be part of a root file system: missing, encrypted, foreign, wrong size; or None."""
     opener: Callable[[], Blob]
 
     def open(self) -> Blob:
@@ -145,7 +145,7 @@ class ResolvedImage:
 class Source(Protocol):
     """A place that holds images. Opened by `ocifs.sources.open_source`, closed by whoever opened it.
 
-    Blobs that were opened stay usable after `close`.
+    Layers are opened while the source is open; the blobs they gave stay usable after `close`.
     """
 
     @property
@@ -158,8 +158,8 @@ class Source(Protocol):
     def resolve(self, selector: Selector, platform: Platform | None = None, *, examine: bool = False) -> ResolvedImage:
         """Choose one image and verify its documents: size first, then digest, then content.
 
-        ``platform`` None means this machine's. Under ``examine`` what does not agree (sizes, digests, rule C8) becomes a
-        warning where the image can still be read. NotFoundError names what there is.
+        ``platform`` None means this machine's. Under ``examine`` what does not agree (sizes, digests, rule C8)
+        becomes a warning where the image can still be read. NotFoundError names what there is.
         """
 
     def close(self) -> None:
