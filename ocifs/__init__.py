@@ -12,7 +12,7 @@ merge      ``overlay``                                           every whiteout 
 bytes      ``sources`` ``store``                                 foreign blobs, read-only; our own cache
 image      ``image`` ``layer_data``                              joins reference, source, indexes and tree
 view       ``rootfs``                                            lookup, attributes, reading by path or inode
-uses       ``fuse``                                              FUSE protocol adapter
+uses       ``fuse`` ``kernel``                                   FUSE protocol adapter; EROFS mounted by the kernel
 process    ``daemon`` ``cli``                                    mount life cycle; commands
 =========  ====================================================  ==================================================
 """

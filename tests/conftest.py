@@ -1,0 +1,29 @@
+"""How pytest is set up here, and nothing else: what tests share is imported from tests.support."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import hypothesis
+import pytest
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+# No deadline: on a shared machine an example may wait for the processor. No database: a clone starts as CI does, and an
+# example worth keeping is written into a test. In CI the examples are the same every time; at home they are new ones.
+hypothesis.settings.register_profile(
+    "ocifs",
+    deadline=None,
+    database=None,
+    derandomize="CI" in os.environ,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("ocifs")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep every test, and the processes it starts, away from the cache of whoever runs the tests."""
+    monkeypatch.setenv("OCIFS_CACHE_DIR", str(tmp_path / "ocifs-cache"))
