@@ -1,4 +1,4 @@
-"""What a user types to name an image, taken apart: ``oci:images/debian:12``, ``app.tar#2``, ``containerd:redis@sha256:…``.
+"""What a user types to name an image, taken apart: ``oci:images/debian:12``, ``app.tar#2``, ``containerd:redis``.
 
 The grammar, loosest part last (containers-transports(5) is the model for the named transports)::
 
@@ -8,12 +8,12 @@ The grammar, loosest part last (containers-transports(5) is the model for the na
                | "oci-archive:" PATH [":" SELECT]  an OCI image layout in a tar
                | "docker-archive:" PATH [":" SELECT]
                | "dir:" PATH
-               | "containerd:" [NAME]
-               | PATH                              recognised by what is in it
+               | "containerd:" [NAME | ":@" N]
+               | PATH [":" SELECT]                 recognised by what is in it
     SELECT     = TAG | "@" N                       N counts manifests from 0
 
-PATH ends at the first colon, except for ``dir:`` and a bare PATH, where nothing can follow it. A bare PATH that exists
-wins over any other reading, so a file called ``oci:x`` can be named.
+PATH ends at the first colon, except for ``dir:``, where nothing can follow it. A bare PATH that exists wins over any
+other reading, colons and all, so a file called ``oci:x`` can be named.
 
 Not here: whether a path is an image, and of what kind (`ocifs.sources`). The only question this module asks about the
 world is whether a path exists, and the caller can answer it.
@@ -83,6 +83,7 @@ _DIGEST: Final = re.compile(
 # A registered algorithm is meant as a digest however wrong it is written; another word only if 32 characters follow.
 _NUMBER: Final = re.compile(r"@([0-9]+)")
 _MAX_COUNT: Final = 2**31 - 1
+_WORD: Final = re.compile(r"[a-z][a-z0-9+-]*")
 _OCIDIR: Final = "ocidir://"
 _SCHEMES: Final = ", ".join(f"{scheme.value}:" for scheme in Scheme if scheme.value)
 
@@ -102,7 +103,7 @@ def parse(text: str, *, exists: Callable[[bytes], bool] = os.path.lexists) -> Re
         if path and exists(path):
             return Reference(text, Scheme.PATH, path, Selector(digest=_digest(digest, text)), _upto(upto, text))
     body, digest, upto = readings[-1]
-    return _parse_named(text, body, _digest(digest, text), _upto(upto, text))
+    return _parse_named(text, body, _digest(digest, text), _upto(upto, text), exists)
 
 
 def _suffixes(text: str) -> list[tuple[str, str | None, str | None]]:
@@ -117,35 +118,45 @@ def _suffixes(text: str) -> list[tuple[str, str | None, str | None]]:
     return found
 
 
-def _parse_named(text: str, body: str, digest: Digest | None, upto: int | None) -> Reference:
-    if body.startswith(_OCIDIR):
-        scheme, rest = Scheme.OCI, body.removeprefix(_OCIDIR)
-    else:
-        word, colon, rest = body.partition(":")
-        if not colon or word not in set(Scheme) or not word:
-            if "#" in rest or "#" in word:
-                raise UsageError(f"{text!r}: behind # comes a number of layers, from 1, at the end of the reference")
-            if not colon or "/" in word:
-                raise NotFoundError(f"{text!r}: no such file or directory, nor a reference such as oci:PATH:TAG")
-            raise UsageError(f"{text!r} is not a path that exists, and {word!r} is none of {_SCHEMES} ocidir://")
-        scheme = Scheme(word)
-    if scheme is Scheme.CONTAINERD:
-        return Reference(text, scheme, b"", Selector(name=rest or None, digest=digest), upto)
+def _parse_named(
+    text: str, body: str, digest: Digest | None, upto: int | None, exists: Callable[[bytes], bool]
+) -> Reference:
+    """Read what is no path that exists as a whole."""
+    scheme, rest = _scheme(text, body, exists)
     if scheme is Scheme.DIR:
-        if not rest:
-            raise UsageError(f"{text!r} has no path behind {scheme.value}:")
-        return Reference(text, scheme, _path(rest), Selector(digest=digest), upto)
-    path, colon, select = rest.partition(":")
-    if not path:
+        path, select = rest, None
+    elif scheme is Scheme.CONTAINERD and not rest.startswith(":@"):
+        path, select = "", rest or None
+    else:
+        path, colon, after = rest.partition(":")
+        select = after if colon else None
+        if select == "" and digest is None:
+            raise UsageError(f"{text!r} has nothing behind the colon that ends its path: give a tag or leave it out")
+    if not path and scheme is not Scheme.CONTAINERD:
         raise UsageError(f"{text!r} has no path behind {scheme.value}:")
-    if colon and not select and digest is None:
-        raise UsageError(f"{text!r} has nothing behind the colon that ends its path: give a tag or leave the colon out")
-    if match := _NUMBER.fullmatch(select):
-        number = _count(match[1], text)
-        return Reference(text, scheme, _path(path), Selector(number=number, digest=digest), upto)
-    if select.startswith("@"):
-        raise UsageError(f"{text!r}: behind :@ comes the number of a manifest, from 0, or a digest")
-    return Reference(text, scheme, _path(path), Selector(name=select or None, digest=digest), upto)
+    number = None
+    if select and select.startswith("@"):
+        match = _NUMBER.fullmatch(select)
+        if match is None:
+            raise UsageError(f"{text!r}: behind :@ comes the number of a manifest, from 0, or a digest")
+        number, select = _count(match[1], text), None
+    return Reference(text, scheme, _path(path), Selector(select or None, number, digest), upto)
+
+
+def _scheme(text: str, body: str, exists: Callable[[bytes], bool]) -> tuple[Scheme, str]:
+    """Split the scheme off; what is left of the body begins with the path, if the scheme has one."""
+    if body.startswith(_OCIDIR):
+        return Scheme.OCI, body.removeprefix(_OCIDIR)
+    word, colon, rest = body.partition(":")
+    if colon and word and word in set(Scheme):
+        return Scheme(word), rest
+    if colon and word and exists(_path(word)):
+        return Scheme.PATH, body
+    if "#" in body:
+        raise UsageError(f"{text!r} does not exist; behind # would come a number of layers, from 1, at the very end")
+    if colon and _WORD.fullmatch(word):
+        raise UsageError(f"{text!r} is not a path that exists, and {word!r} is none of {_SCHEMES} ocidir://")
+    raise NotFoundError(f"{text!r}: no such file or directory, nor a reference such as oci:PATH:TAG")
 
 
 def _path(text: str) -> bytes:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 MAX_DOCUMENT_SIZE: Final = 4 * 1024 * 1024
-"""Bytes of the largest manifest, index or configuration that is read: 4 MiB, as containers/image and registries have it.
+"""Bytes of the largest manifest, index or configuration that is read: 4 MiB, as registries have it.
 
 Real ones are a few KiB; an index with 20 platforms and attestations is about 20 KiB.
 """
@@ -465,7 +465,7 @@ class _RawDocument(msgspec.Struct, rename="camel"):
     manifests: list[_RawDescriptor] | None = None
     annotations: _Strings = None
     subject: _RawDescriptor | None = None
-    fs_layers: msgspec.Raw | None = None
+    fs_layers: Any = None
 
 
 class _RawRuntime(msgspec.Struct, rename="pascal"):

@@ -61,7 +61,7 @@ def _link_target(member_name: bytes, member: _Member) -> bytes | None:
 
 
 class ArchiveFolder:
-    """A tar archive as a `Folder`. Takes over the blob: it is closed with the folder, or with the last opened member."""
+    """A tar archive as a `Folder`. Takes over the blob, which closes with the folder or its last open member."""
 
     def __init__(self, blob: Blob) -> None:
         """List the members of the tar in ``blob``; DamagedError if it is damaged."""

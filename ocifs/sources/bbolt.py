@@ -1,24 +1,26 @@
-"""Reads bbolt databases (containerd's ``meta.db``): pages in, keys and values out. Read-only, and pure: it is given a
-function that reads.
+"""Reads bbolt databases (containerd's ``meta.db``): pages in, keys and values out.
+
+Read-only, and pure: it is given a function that reads.
 
 The format (go.etcd.io/bbolt: ``page.go``, ``bucket.go``, ``db.go``; it has no other specification). A database is a
 file of pages, numbered from 0, of the size of a memory page where it was made; numbers are in that machine's byte
-order. A page begins with ``id u64, flags u16, count u16, overflow u32``; with overflow N it runs on over the next N pages.
+order. A page begins with ``id u64, flags u16, count u16, overflow u32`` and runs on over the next ``overflow`` pages.
 Behind the header:
 
-* meta (pages 0 and 1, written in turn): ``magic u32, version u32, page size u32, flags u32, root page u64, sequence u64,
-  freelist page u64, page count u64, transaction u64, checksum u64`` — FNV-1a 64 of what is before it. The valid one
-  with the higher transaction is the database. Pages are never changed in place while a meta page leads to them, so what
+* meta (pages 0 and 1, written in turn): ``magic u32, version u32, page size u32, flags u32, root page u64, sequence
+  u64, freelist page u64, page count u64, transaction u64, checksum u64`` — FNV-1a 64 of what is before it. The valid
+  one with the higher transaction is the database. Pages are never changed in place while a meta page leads to them, so what
   is reached from one meta page is one moment, until a later transaction reuses its pages: see `Database.is_current`.
 * branch: ``count`` elements ``pos u32, key size u32, page u64``: the key, ``pos`` bytes from its own element, is the
   smallest one on that page.
-* leaf: ``count`` elements ``flags u32, pos u32, key size u32, value size u32``: value behind key. Flag 1: the value is a
-  bucket, ``root page u64, sequence u64``; with root page 0 a leaf or branch page of its own follows inside the value.
+* leaf: ``count`` elements ``flags u32, pos u32, key size u32, value size u32``: value behind key. Flag 1: the value is
+  a bucket, ``root page u64, sequence u64``; with root page 0 a leaf or branch page of its own follows inside the value.
 
 Keys are sorted by their bytes. Every bucket is such a tree, and buckets nest.
 
-Hostile databases: a page number, count, offset or size that points anywhere wrong is a `DamagedError`; a walk visits no
-page twice, so loops end; nothing is read that is longer than `MAX_PAGE_RUN`.
+Hostile databases: a page number, count, offset or size that points anywhere wrong is a `DamagedError`, and so are
+elements that overlap. A walk visits no page twice, so loops end; nothing longer than `MAX_PAGE_RUN` is read, and all
+that is read together is bounded by a small multiple of the file, so that pages cannot be shared into a bomb.
 
 Not here: what containerd keeps in which bucket (`ocifs.sources.containerd`), writing, locking.
 """
@@ -49,6 +51,7 @@ _BRANCH: Final = 0x01
 _LEAF: Final = 0x02
 _META: Final = 0x04
 _IS_BUCKET: Final = 0x01
+_READ_FACTOR: Final = 16  # times the file's size; a listing reads each page once, and the top ones a few times
 _MAX_DEPTH: Final = 64  # of a tree: with two children a page, 2^64 pages
 
 
@@ -124,6 +127,7 @@ class Database:
         """Read the meta pages of a database of ``size`` bytes; DamagedError if it is none."""
         self._read_at = read_at
         self._size = size
+        self._budget = _READ_FACTOR * size
         self._meta = self._newest()
 
     def _newest(self) -> _Meta:
@@ -189,11 +193,13 @@ class Database:
             raise DamagedError(f"{where} has {count} elements, which are not all in it")
         starts = range(_HEADER_SIZE, _HEADER_SIZE + count * _ELEMENT_SIZE, _ELEMENT_SIZE)
         if flags & _LEAF:
+            free = starts.stop
             for start in starts:
                 kind, pos, key_size, value_size = struct.unpack_from(order + "IIII", page, start)
                 key_end = start + pos + key_size
-                if key_end + value_size > len(page):
-                    raise DamagedError(f"{where} has an element whose {key_size}+{value_size} bytes end outside")
+                if start + pos < free or key_end + value_size > len(page):
+                    raise DamagedError(f"{where} has an element whose {key_size}+{value_size} bytes are not its own")
+                free = key_end + value_size
                 yield _Element(
                     page[start + pos : key_end], bool(kind & _IS_BUCKET), page[key_end : key_end + value_size]
                 )
@@ -219,4 +225,7 @@ class Database:
         size = (1 + overflow) * page_size
         if size > MAX_PAGE_RUN or offset + size > self._size:
             raise DamagedError(f"page {number} says that it has {size} bytes")
+        self._budget -= size
+        if self._budget < 0:
+            raise DamagedError(f"page {number}: many buckets share their pages, which bbolt never writes")
         return page if overflow == 0 else self._read_at(offset, size)

@@ -173,7 +173,7 @@ def _images_of(root: Bucket, namespace: str) -> tuple[Top, ...]:
     versions = root.bucket(b"v1")
     if versions is None:
         raise UnsupportedError("the database does not have containerd's bucket v1")
-    own = versions.bucket(namespace.encode())
+    own = versions.bucket(namespace.encode(errors="replace"))
     if own is None:
         there = listed([shown(name) for name, _ in versions.buckets()])
         raise _NoNamespaceError(f"has no namespace {namespace!r}: it has {there or 'none'}; choose with --namespace")

@@ -165,7 +165,7 @@ class DockerArchiveSource:
         if len(images) > 1 and len({(image.config, image.layers) for image in images}) > 1:
             choices = listed([str(self._offered(image)) for image in images])
             raise UsageError(
-                f"{self.description} holds {len(images)} images, choose one by name, :@N or @digest: {choices}"
+                f"{self.description} holds {len(images)} images, choose one by its name or @digest: {choices}"
             )
         return images[0]
 
@@ -239,7 +239,7 @@ def _list_of(value: Any, where: str) -> list[Any]:  # noqa: ANN401 — JSON as i
 
 def _member(value: Any, where: str) -> bytes:  # noqa: ANN401 — JSON as it comes
     """Give the member's name that a document gives as ``value``."""
-    name = normal_name(value.encode(errors="surrogateescape")) if isinstance(value, str) else None
+    name = normal_name(value.encode(errors="replace")) if isinstance(value, str) else None
     if name is None:
         raise DamagedError(f"{where} does not name a member of the archive")
     return name

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Protocol
 
+from ocifs.errors import DamagedError
 from ocifs.sources.blob import FileBlob, shown, stat_regular
 
 if TYPE_CHECKING:
@@ -43,8 +44,8 @@ class DirectoryFolder:
         self.name = shown(self._path)
 
     def _join(self, name: bytes) -> bytes:
-        assert not name.startswith(b"/")
-        assert b".." not in name.split(b"/")
+        if name.startswith(b"/") or b".." in name.split(b"/"):
+            raise DamagedError(f"{shown(name)} would lie outside {self.name}")
         return os.path.join(self._path, name)
 
     def size_of(self, name: bytes) -> int:

@@ -1,7 +1,7 @@
 """From a list of descriptors and a store of blobs to one verified image.
 
-A source that has OCI-shaped documents implements the minimum, `BlobStore` and its list of `Top` descriptors; the rest is
-computed here once: names, digests and positions (rule C12), nested indexes and platforms (rule C9), embedded data
+A source that has OCI-shaped documents implements the minimum, `BlobStore` and its list of `Top` descriptors; the rest
+is computed here once: names, digests and positions (rule C12), nested indexes and platforms (rule C9), embedded data
 (rule C6), sizes and digests before anything is believed (rule C4), and what may become a warning under examination.
 
 A nested index that is missing is passed over while something else matches: stores often hold only the platform that
@@ -236,7 +236,7 @@ class Resolver:
         wanted = wanted or Platform.host()
         named = self._narrow(tops, selector)
         if selector.digest is not None:
-            name, chosen = self._by_digest(named, selector)
+            name, chosen = self._by_digest(named, selector, selector.digest)
         else:
             name, chosen = self._only(named, selector, wanted)
         outermost: Index | None = None
@@ -271,9 +271,7 @@ class Resolver:
     def _called(top: Top, selector: Selector) -> str | None:
         return selector.name or next(iter(top.names), None)
 
-    def _by_digest(self, tops: Sequence[Top], selector: Selector) -> tuple[str | None, Descriptor]:
-        digest = selector.digest
-        assert digest is not None
+    def _by_digest(self, tops: Sequence[Top], selector: Selector, digest: Digest) -> tuple[str | None, Descriptor]:
         for top in tops:
             if top.descriptor.digest == digest:
                 return self._called(top, selector), top.descriptor
@@ -337,7 +335,7 @@ class Resolver:
             chosen = self._by_platform([top.descriptor for top in remaining], wanted, where)
             return selector.name or next(iter(sorted(common)), None), chosen
         choices = listed([str(entry) for entry in offered(tops) if distinct.get(tops[entry.number].descriptor.digest)])
-        raise UsageError(f"{where} holds {len(remaining)} images, choose one by name, :@N or @digest: {choices}")
+        raise UsageError(f"{where} holds {len(remaining)} images, choose one by its name or @digest: {choices}")
 
     def _is_artifact(self, descriptor: Descriptor) -> bool:
         if descriptor.media_type in INDEX_TYPES:
@@ -388,7 +386,7 @@ class Resolver:
 
     # -- the image ----------------------------------------------------------------------------------------------------
 
-    def _resolved(  # noqa: PLR0913 — the parts of one result
+    def _resolved(  # noqa: PLR0913, PLR0917 — the parts of one result
         self,
         name: str | None,
         index: Index | None,

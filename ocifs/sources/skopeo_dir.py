@@ -1,7 +1,7 @@
 """skopeo's directory form (``dir:``): one image whose ``manifest.json`` and blobs lie beside each other.
 
-A blob's file is named by the hex of its digest. With all platforms copied ``manifest.json`` is an index, and the manifests
-below it are ``HEX.manifest.json``. Nothing gives the digest of ``manifest.json`` itself, so it is computed.
+A blob's file is named by the hex of its digest. With all platforms copied ``manifest.json`` is an index, and the
+manifests below it are ``HEX.manifest.json``. Nothing gives the digest of ``manifest.json`` itself, so it is computed.
 
 Not here: choosing and verifying (`ocifs.sources.resolve`).
 """

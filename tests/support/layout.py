@@ -55,7 +55,7 @@ def compress(data: bytes, compression: str) -> bytes:
     return data
 
 
-def dump(document: Any) -> bytes:
+def dump(document: Any) -> bytes:  # noqa: ANN401 — whatever JSON can say
     """Write JSON bytes."""
     return json.dumps(document).encode()
 
@@ -122,8 +122,8 @@ def make_image(
 ) -> Image:
     """Build an image of ``layers`` (uncompressed tars, base first).
 
-    ``config`` and ``manifest_extra`` are merged over the documents' top level; ``change_manifest`` and ``change_config``
-    may edit the finished documents, before their digests are taken, so that a test can say any untruth about a layer.
+    ``config`` and ``manifest_extra`` are merged over the documents' top level; ``change_manifest`` and
+    ``change_config`` may edit the finished documents, before their digests are taken, so that a test can say any untruth about a layer.
     """
     kinds = [compression] * len(layers) if isinstance(compression, str) else list(compression)
     stored = [compress(layer, kind) for layer, kind in zip(layers, kinds, strict=True)]
@@ -160,7 +160,7 @@ def make_image(
     return Image(manifest, manifest_raw, config_document, config_raw, stored, list(layers), diff_ids, blobs)
 
 
-def make_index(manifests: Sequence[Json], *, media_type: str = OCI_INDEX, **extra: Any) -> bytes:
+def make_index(manifests: Sequence[Json], *, media_type: str = OCI_INDEX, **extra: object) -> bytes:
     """Write an index over descriptors."""
     return dump({"schemaVersion": 2, "mediaType": media_type, "manifests": list(manifests), **extra})
 
@@ -192,7 +192,7 @@ def add_to_layout(layout: Path, blobs: Iterable[bytes], entries: Sequence[Json])
     index_file.write_bytes(dump(index))
 
 
-def put_image(layout: Path, image: Image, *, tag: str | None = "latest", **descriptor: Any) -> None:
+def put_image(layout: Path, image: Image, *, tag: str | None = "latest", **descriptor: Any) -> None:  # noqa: ANN401 — JSON
     """Add an image to a layout under ``tag``; ``descriptor`` overrides fields of its entry in ``index.json``."""
     add_to_layout(layout, (), [])
     for digest, data in image.blobs.items():
