@@ -12,7 +12,7 @@ Not here: how any source is laid out (the modules beside this one), decompressio
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import msgspec
 
