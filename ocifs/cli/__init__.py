@@ -1,0 +1,101 @@
+"""The command ``ocifs``: the words a person types, and what they read.
+
+=================  ====================================================================================================
+this module        `main`: the one place where errors become sentences and exit statuses
+`commands`         which commands there are, and the module that each is loaded from when it is asked for
+`options`          the options that commands share, and opening an image as they say
+`output`           standard output and standard error: names, JSON, tables, sizes, times
+`progress`         the bar on a terminal
+`listing`          ``ls``, ``stat``
+`reading`          ``cat``, ``blob``
+`copying`          ``cp``, on top of `unpack`, which writes files and directories safely
+`exporting`        ``export``, on top of `archive`, which writes tar headers
+`documents`        ``inspect``, ``layers``, ``index``
+`mounting`         ``mount``, ``umount``, ``ps``
+`caching`          ``cache info|ls|gc|clear``
+`machine`          ``doctor``
+`shell`            ``completion``
+=================  ====================================================================================================
+
+Start-up time is part of the interface: this module and `commands` import nothing but click, a family's module imports
+what its commands need when they run, and only ``mount`` loads FUSE and an event loop.
+
+Not here: anything that another program could not ask of the rooms below.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Final
+
+import click
+
+from ocifs.errors import OcifsError
+
+EXIT_USAGE: Final = 2
+EXIT_BUG: Final = 70
+"""EX_SOFTWARE of sysexits.h: something that nobody foresaw."""
+EXIT_INTERRUPTED: Final = 128 + signal.SIGINT
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and give its exit status: every way it can end is decided here.
+
+    An expected failure is one sentence on standard error and the status its class carries. Whoever reads standard
+    output and goes away ends us as it ends cat(1): by SIGPIPE, without a word.
+    """
+    from ocifs.cli.commands import ocifs  # noqa: PLC0415 (commands imports what this module offers)
+    from ocifs.cli.output import complain, discard_output, flush, sentence  # noqa: PLC0415
+
+    try:
+        given = ocifs.main(sys.argv[1:] if arguments is None else list(arguments), "ocifs", standalone_mode=False)
+        flush()
+    except BrokenPipeError:
+        discard_output()
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGPIPE)
+        return 128 + signal.SIGPIPE  # the signal was blocked
+    except OcifsError as error:
+        complain(str(error))
+        return _after_output(error.exit_code)
+    except click.exceptions.Exit as error:
+        return _after_output(error.exit_code)
+    except click.ClickException as error:
+        path = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "ocifs"
+        complain(f"{sentence(error.format_message())}; see '{path} --help'")
+        return _after_output(EXIT_USAGE)
+    except (KeyboardInterrupt, click.Abort):
+        discard_output()
+        return EXIT_INTERRUPTED
+    except Exception as error:  # noqa: BLE001 (the last boundary: a bug must read like one, not like a crash)
+        return _bug(error)
+    return given if isinstance(given, int) else 0
+
+
+def _after_output(status: int) -> int:
+    """Bring out what was written before the failure; the failure is what counts if that fails too."""
+    from ocifs.cli.output import discard_output, flush  # noqa: PLC0415
+
+    try:
+        flush()
+    except (OSError, OcifsError):
+        discard_output()
+    return status
+
+
+def _bug(error: Exception) -> int:
+    import logging  # noqa: PLC0415
+
+    from ocifs.cli.output import complain, discard_output  # noqa: PLC0415
+
+    if logging.getLogger("ocifs").isEnabledFor(logging.INFO):
+        import traceback  # noqa: PLC0415
+
+        traceback.print_exception(error)
+    what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    complain(f"this is a bug, please report it with the command you ran and what it prints with -v: {what}")
+    discard_output()
+    return EXIT_BUG

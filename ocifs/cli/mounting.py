@@ -1,0 +1,146 @@
+"""``mount``, ``umount``, ``ps``.
+
+The order of a mount: what can fail at once (options, machine, mount point) comes before what takes long (indexing), and
+what is claimed is released however it ends. `ocifs.daemon` does the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import click
+
+from ocifs.cli import options as opt
+from ocifs.cli import output
+from ocifs.cli.options import Choice
+from ocifs.errors import OcifsError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from click.shell_completion import CompletionItem
+
+    from ocifs.daemon import Record
+
+_DRIVERS: Final = ("auto", "fuse")
+
+
+class _Mountpoint(click.ParamType):
+    """A directory that something of ocifs is mounted on, for completion."""
+
+    name = "dir"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:  # noqa: ARG002
+        from ocifs.cli.shell import complete_mountpoint  # noqa: PLC0415 (only a shell asks)
+
+        return complete_mountpoint(incomplete)
+
+
+@click.command(
+    epilog=opt.examples(
+        "ocifs mount oci:images/app:1.2 /mnt",
+        "ocifs mount -o allow_other,noexec app.tar /mnt",
+        "ocifs mount --layer 3 oci:images/app:1.2 /mnt",
+        "ocifs mount --foreground -v containerd:docker.io/library/redis:7 /mnt",
+    )
+)
+@click.option("--driver", type=click.Choice(_DRIVERS), default="auto", help="How the tree reaches the kernel.")
+@click.option("-f", "--foreground", is_flag=True, help="Serve in this process, until the mount ends.")
+@click.option("-o", "fuse_words", metavar="OPT[,OPT…]", multiple=True, help="Mount options, as allow_other or noexec.")
+@opt.ref_argument
+@click.argument("directory", metavar="DIR", type=click.Path(file_okay=False))
+@opt.data_options
+def mount(  # noqa: PLR0913 (options of mount)
+    choice: Choice, ref: str, directory: str, *, driver: str, foreground: bool, fuse_words: tuple[str, ...]
+) -> None:
+    """Mount an image's file system on a directory, read-only, and return when it answers.
+
+    A daemon goes on serving it in the background until it is unmounted. Layers that were never seen before are indexed
+    first; after that a mount takes no longer than starting ocifs.
+    """
+    from ocifs import daemon  # noqa: PLC0415 (only what mounts loads FUSE)
+
+    words = [word for group in fuse_words for word in group.split(",") if word]
+    options = daemon.fuse_options(words, ref)
+    choice.image_options()  # refused before anything else is done
+    cache_bytes = choice.cache_bytes()
+    daemon.check_machine()
+    mountpoint = daemon.prepare_mountpoint(Path(directory), nonempty="nonempty" in words)
+    # auto means fuse: there is no other driver yet.
+    used = "fuse" if driver == "auto" else driver
+    claim = daemon.Claim(mountpoint)
+    with contextlib.ExitStack() as undo:
+        undo.callback(claim.release)
+        with opt.opened_store(choice) as store, opt.opened_image(choice, ref, store=store) as image:
+            from ocifs.rootfs import SpanCache, view  # noqa: PLC0415
+
+            record = daemon.Record(
+                mountpoint=str(mountpoint),
+                reference=ref,
+                driver=used,
+                pid=0,
+                started_ns=daemon.now_ns(),
+                layers=len(image.layers),
+                manifest=str(image.resolved.image.manifest_digest or image.resolved.image.config_digest),
+                cache=str(store.path),
+                log=str(claim.log),
+            )
+            trees = [view(image, cache=SpanCache(cache_bytes))]
+            undo.pop_all()  # the daemon releases the claim from here on
+            run = daemon.run_foreground if foreground else daemon.run_background
+            run(trees, mountpoint, options, record, claim)
+
+
+@click.command(epilog=opt.examples("ocifs umount /mnt", "ocifs umount --lazy /mnt/a /mnt/b"))
+@click.option("-l", "--lazy", is_flag=True, help="Take it out of sight now, even if it is in use; do not wait.")
+@click.argument("directories", metavar="DIR…", nargs=-1, required=True, type=_Mountpoint())
+@opt.cache_options
+def umount(choice: Choice, directories: tuple[str, ...], *, lazy: bool) -> None:  # noqa: ARG001 (-v is in it)
+    """Unmount what ocifs mounted, and return when its daemon is gone. Cleans up after a daemon that was killed."""
+    from ocifs import daemon  # noqa: PLC0415
+
+    worst = 0
+    for directory in directories:
+        try:
+            daemon.unmount(Path(directory), lazy=lazy)
+        except OcifsError as error:
+            if len(directories) == 1:
+                raise
+            output.complain(str(error))
+            worst = max(worst, error.exit_code)
+    if worst:
+        raise click.exceptions.Exit(worst)
+
+
+@click.command(epilog=opt.examples("ocifs ps", "ocifs ps --json | jq -r .mountpoint"))
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object a line.")
+def ps(*, as_json: bool) -> None:
+    """List what is mounted by this user, oldest first."""
+    from ocifs import daemon  # noqa: PLC0415
+
+    records = list(daemon.records())
+    if as_json:
+        for record in records:
+            output.print_json({name: getattr(record, name) for name in record.__struct_fields__})
+    else:
+        _print_records(records)
+
+
+def _print_records(records: Sequence[Record]) -> None:
+    output.print_table(
+        ("MOUNT POINT", "IMAGE", "DRIVER", "LAYERS", "PID", "SINCE"),
+        [
+            (
+                record.mountpoint,
+                record.reference,
+                record.driver,
+                str(record.layers),
+                str(record.pid),
+                output.local_time(record.started_ns / 10**9),
+            )
+            for record in records
+        ],
+        right=(3, 4),
+    )

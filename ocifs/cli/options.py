@@ -1,0 +1,328 @@
+"""The options that commands share, and opening an image as they say.
+
+Options are read into one value, `Choice`, which commands get as their first argument. Words are checked where they are
+used, so that a wrong one is refused in the same words whatever command it was given to.
+
+Not here: what any command does with an image.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import click
+
+from ocifs.cli.output import complain, decode
+from ocifs.errors import NotFoundError, UsageError
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
+    from ocifs.cli.progress import Progress
+    from ocifs.image import Image, ImageOptions
+    from ocifs.rootfs import RootFS
+    from ocifs.store import Store
+    from ocifs.tree import Warned
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+_SIZE: Final = re.compile(r"(\d+(?:\.\d+)?) *(?:([kmgt])(?:i?b)?|b)?", re.IGNORECASE | re.ASCII)
+_MAX_SIZE: Final = 1 << 60
+_MAX_WARNINGS: Final = 50
+"""Warnings shown without -vv: an image may have thousands of the same kind."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the shared options say. Those that a command does not have keep their defaults."""
+
+    cache_dir: str | None = None
+    verbose: int = 0
+    platform: str | None = None
+    namespace: str = "default"
+    root: str | None = None
+    upto: int | None = None
+    layer: int | None = None
+    examine: bool = False
+    show_whiteout_devices: bool = False
+    follow_dirlinks: bool = False
+    all_xattrs: bool = False
+    cache_memory: str | None = None
+
+    def image_options(self) -> ImageOptions:
+        """What the image room is to be told. Raises `UsageError` for a platform that is none."""
+        from ocifs.image import ImageOptions  # noqa: PLC0415 (loads most of ocifs: only once a command runs)
+        from ocifs.spec import Platform  # noqa: PLC0415
+
+        if self.layer is not None and self.upto is not None:
+            raise UsageError("--layer shows one layer alone and --upto the first ones together: give one of them")
+        return ImageOptions(
+            platform=None if self.platform is None else Platform.parse(self.platform),
+            upto=self.upto,
+            layer=self.layer,
+            examine=self.examine,
+            show_whiteout_devices=self.show_whiteout_devices,
+            follow_dirlinks=self.follow_dirlinks,
+            all_xattrs=self.all_xattrs,
+            namespace=self.namespace,
+            containerd_root=self.root,
+        )
+
+    def store(self) -> Store:
+        """Open the cache. The caller closes it."""
+        from ocifs.store import Store  # noqa: PLC0415
+
+        if self.cache_dir == "":
+            raise UsageError("the cache directory is empty: check --cache-dir and OCIFS_CACHE_DIR")
+        return Store(None if self.cache_dir is None else Path(self.cache_dir))
+
+    def cache_bytes(self) -> int:
+        """Bytes of decoded data to keep in memory."""
+        from ocifs.rootfs import DEFAULT_CACHE  # noqa: PLC0415
+
+        return DEFAULT_CACHE if self.cache_memory is None else parse_size(self.cache_memory, "--cache-memory")
+
+
+# -- declaring them ------------------------------------------------------------------------------------------------
+
+
+def _be_verbose(_: click.Context, __: click.Parameter, value: int) -> int:
+    if value:
+        import logging  # noqa: PLC0415
+
+        logging.basicConfig(format="ocifs: %(message)s")
+        logging.getLogger("ocifs").setLevel(logging.DEBUG if value > 1 else logging.INFO)
+    return value
+
+
+_CACHE: Final = (
+    click.option(
+        "--cache-dir",
+        metavar="DIR",
+        envvar="OCIFS_CACHE_DIR",
+        type=click.Path(),
+        help="Where indexes are kept.  [env: OCIFS_CACHE_DIR; default: /var/cache/ocifs for root, else below "
+        "~/.cache]",
+    ),
+    click.option("-v", "--verbose", count=True, callback=_be_verbose, help="Say more; twice: even more."),
+)
+_SOURCE: Final = (
+    click.option(
+        "--platform", metavar="OS/ARCH[/VARIANT]", help="Which image of several to take.  [default: this machine's]"
+    ),
+    click.option("--namespace", metavar="NAME", default="default", help="containerd: namespace.  [default: default]"),
+    click.option(
+        "--root",
+        metavar="DIR",
+        type=click.Path(),
+        help="containerd: its root directory.  [default: /var/lib/containerd]",
+    ),
+)
+_EXAMINE: Final = (
+    click.option("--examine", is_flag=True, help="Warn about what breaks a rule or a digest instead of refusing it."),
+)
+_TREE: Final = (
+    click.option("--upto", metavar="N", type=int, help="Only the first N layers."),
+    click.option("--layer", metavar="N", type=int, help="Layer N alone, its whiteouts as empty files .wh.*."),
+    click.option("--show-whiteout-devices", is_flag=True, help="Show character devices 0:0 instead of obeying them."),
+    click.option("--follow-dirlinks", is_flag=True, help="Follow a lower layer's link to a directory, as umoci does."),
+    click.option("--all-xattrs", is_flag=True, help="Show attributes that are usually hidden, as security.selinux."),
+)
+_MEMORY: Final = (
+    click.option(
+        "--cache-memory", metavar="SIZE", help="Decoded data to keep in memory, as 64M or 1GiB.  [default: 128MiB]"
+    ),
+)
+_NAMES: Final = frozenset(Choice.__dataclass_fields__)
+
+
+def _declared(groups: Sequence[Sequence[Callable[[_F], _F]]]) -> Callable[[_F], _F]:
+    """Declare options on a command and hand them to it as a `Choice`, its first argument."""
+
+    def decorate(function: _F) -> _F:
+        @functools.wraps(function)
+        def command(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 (stands for every command's signature)
+            chosen = {name: kwargs.pop(name) for name in _NAMES & kwargs.keys()}
+            return function(Choice(**chosen), *args, **kwargs)
+
+        decorated: Any = command
+        for option in reversed([option for group in groups for option in group]):
+            decorated = option(decorated)
+        return decorated  # type: ignore[no-any-return]
+
+    return decorate
+
+
+def cache_options(function: _F) -> _F:
+    """Options of every command that uses the cache."""
+    return _declared((_CACHE,))(function)
+
+
+def document_options(function: _F) -> _F:
+    """Options of commands that read an image's documents."""
+    return _declared((_SOURCE, _CACHE))(function)
+
+
+def layer_options(function: _F) -> _F:
+    """Options of commands that look at layers one by one."""
+    return _declared((_SOURCE, _EXAMINE, _CACHE))(function)
+
+
+def tree_options(function: _F) -> _F:
+    """Options of commands that look at names and attributes."""
+    return _declared((_SOURCE, _TREE, _EXAMINE, _CACHE))(function)
+
+
+def data_options(function: _F) -> _F:
+    """Options of commands that read files' data."""
+    return _declared((_SOURCE, _TREE, _EXAMINE, _MEMORY, _CACHE))(function)
+
+
+def examples(*lines: str) -> str:
+    """The epilogue of a command's help."""
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def parse_size(text: str, option: str) -> int:
+    """Read ``64M``, ``1GiB``, ``4096``: K, M, G and T are binary whether or not ``iB`` follows."""
+    match = _SIZE.fullmatch(text.strip())
+    size = float(match[1]) * 1024 ** (" kmgt".index((match[2] or " ").lower())) if match else -1.0
+    if not 0 <= size <= _MAX_SIZE:
+        raise UsageError(f"{option} {text!r} is not a size such as 64M, 1GiB or 4096")
+    return int(size)
+
+
+class Ref(click.ParamType):
+    """A reference to an image, for completion: schemes, files, tags of a layout."""
+
+    name = "ref"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:  # noqa: ARG002
+        """Offer what a reference can go on with."""
+        from ocifs.cli.shell import complete_reference  # noqa: PLC0415 (only a shell asks)
+
+        return complete_reference(incomplete)
+
+
+def ref_argument(function: _F) -> _F:
+    """Declare the argument REF."""
+    return click.argument("ref", metavar="REF", type=Ref())(function)
+
+
+# -- opening -------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def opened_store(choice: Choice) -> Iterator[Store]:
+    """The cache, open for the length of the block."""
+    store = choice.store()
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+@contextlib.contextmanager
+def opened_image(choice: Choice, ref: str, *, store: Store | None = None) -> Iterator[Image]:
+    """The image and its tree, built if need be (with a bar on a terminal), open for the length of the block."""
+    from ocifs.cli.progress import showing  # noqa: PLC0415
+    from ocifs.image import open_image  # noqa: PLC0415
+
+    options = choice.image_options()
+    with contextlib.ExitStack() as stack:
+        if store is None:
+            store = stack.enter_context(opened_store(choice))
+        with showing() as progress:
+            image = stack.enter_context(open_image(ref, store, options, progress))
+        if choice.examine or choice.verbose:
+            show_warnings(image.warnings, choice)
+        yield image
+
+
+@contextlib.contextmanager
+def opened_view(choice: Choice, ref: str) -> Iterator[tuple[Image, RootFS]]:
+    """The image and the view of it that paths are looked up in."""
+    from ocifs.rootfs import SpanCache, view  # noqa: PLC0415
+
+    cache = SpanCache(choice.cache_bytes())
+    with opened_image(choice, ref) as image:
+        yield image, view(image, cache=cache)
+
+
+def new_progress() -> contextlib.AbstractContextManager[Progress]:
+    """See `ocifs.cli.progress.showing`."""
+    from ocifs.cli.progress import showing  # noqa: PLC0415
+
+    return showing()
+
+
+def warning_text(warned: Warned) -> str:
+    """A warning as a line: where, about what, which rule."""
+    where = f"layer {warned.layer}: " if warned.layer else ""
+    path = f"{decode(warned.path)}: " if warned.path else ""
+    return f"warning: {where}{path}{warned.message} (rule {warned.rule})"
+
+
+def show_warnings(warnings: Sequence[Warned], choice: Choice) -> None:
+    """Write warnings to standard error, one line each; after `_MAX_WARNINGS` only how many more, unless -vv."""
+    limit = len(warnings) if choice.verbose > 1 else _MAX_WARNINGS
+    for warned in warnings[:limit]:
+        complain(warning_text(warned))
+    if len(warnings) > limit:
+        complain(f"warning: and {len(warnings) - limit} more; -vv shows them all")
+
+
+# -- paths inside an image -----------------------------------------------------------------------------------------
+
+
+def inside(path: str) -> bytes:
+    """A path inside the image as the user gave it: from the root, with or without the slash."""
+    if "\0" in path:
+        raise UsageError(f"the path {path!r} holds a NUL character")
+    try:
+        raw = os.fsencode(path)
+    except UnicodeEncodeError:
+        raise UsageError(f"the path {path!r} holds characters that no file name can have") from None
+    return b"/" + raw.lstrip(b"/")
+
+
+def find(view: RootFS, path: bytes, *, follow: bool = True) -> int:
+    """The inode of a path; `NotFoundError` names what there is instead."""
+    try:
+        return view.resolve(path, follow=follow)
+    except NotFoundError as error:
+        hint = _nearest(view, path)
+        raise type(error)(f"{error}{hint}") from None
+
+
+def _nearest(view: RootFS, path: bytes) -> str:
+    """Say how far a path leads, and what there has a similar name."""
+    from ocifs.errors import OcifsError  # noqa: PLC0415
+    from ocifs.tree import Kind  # noqa: PLC0415
+
+    parts = [part for part in path.split(b"/") if part]
+    for count in range(len(parts) - 1, -1, -1):
+        parent = b"/" + b"/".join(parts[:count])
+        try:
+            ino = view.resolve(parent)
+        except OcifsError:
+            continue
+        if view.inode(ino).kind is not Kind.DIR:
+            return f"; {decode(parent)} is not a directory"
+        import difflib  # noqa: PLC0415 (only on a mistake)
+        from itertools import islice  # noqa: PLC0415
+
+        # Enough to find a slip of the finger, and not slow in a directory with a million names.
+        names = [decode(name) for name, *_ in islice(view.readdir(ino), 5000)]
+        near = difflib.get_close_matches(decode(parts[count]), [n for n in names if n not in (".", "..")], 3, 0.6)
+        if near:
+            return f"; {decode(parent)} has {', '.join(near)}"
+        return f"; the nearest that exists is {decode(parent)}" if count < len(parts) - 1 else ""
+    return ""
