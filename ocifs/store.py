@@ -168,6 +168,33 @@ class NewFile:
                 os.unlink(self._name, dir_fd=self._store.dir_of("tmp"))
 
 
+class BuildLock:
+    """The right to build one entry, held until `release`."""
+
+    def __init__(self, directory: int, name: str, fd: int) -> None:
+        """Take over ``fd``, locked, whose name in ``directory`` is ``name``."""
+        self._directory = directory
+        self._name = name
+        self._fd = fd
+
+    def release(self) -> None:
+        """Let others build. Harmless when repeated."""
+        if self._fd >= 0:
+            # The name goes first: who opened it before and gets the lock now will see that it guards nothing.
+            with contextlib.suppress(OSError):
+                os.unlink(self._name, dir_fd=self._directory)
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> Self:
+        """Nothing to do: the lock is held already."""
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Release."""
+        self.release()
+
+
 class Store:
     """The cache directory, open. Safe to use from several processes at once."""
 
@@ -251,26 +278,34 @@ class Store:
     @contextlib.contextmanager
     def lock(self, kind: Kind, key: str, *, waiting: Callable[[], None] | None = None) -> Iterator[None]:
         """Hold the right to build the entry; waits while another process has it, after calling ``waiting`` once."""
+        lock = self.try_lock(kind, key)
+        if lock is None:
+            if waiting is not None:
+                waiting()
+            lock = self._take_lock(kind, key, wait=True)
+        with lock:
+            yield
+
+    def try_lock(self, kind: Kind, key: str) -> BuildLock | None:
+        """The right to build the entry if nobody has it now; the caller releases it."""
+        try:
+            return self._take_lock(kind, key, wait=False)
+        except BlockingIOError:
+            return None
+
+    def _take_lock(self, kind: Kind, key: str, *, wait: bool) -> BuildLock:
         name, directory = f"{kind.value}.{key}", self.dir_of("locks")
         while True:
             with _said_plainly(self.path, "write to"):
                 fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=directory)
             try:
-                try:
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    if waiting is not None:
-                        waiting()
-                    fcntl.flock(fd, fcntl.LOCK_EX)
+                fcntl.flock(fd, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if self._names(directory, name, fd):
-                    try:
-                        yield
-                    finally:
-                        with contextlib.suppress(OSError):
-                            os.unlink(name, dir_fd=directory)
-                    return
-            finally:
+                    return BuildLock(directory, name, fd)
+            except BaseException:
                 os.close(fd)
+                raise
+            os.close(fd)
 
     @staticmethod
     def _names(directory: int, name: str, fd: int) -> bool:
