@@ -259,7 +259,16 @@ def test_other_documents_are_unsupported_and_named() -> None:
 
 @pytest.mark.parametrize(
     "raw",
-    [b"", b"{", b"null", b"\xff", b'{"mediaType":"\xff","created":"\xff"}', b'{"mediaType":"\\ud800"}', b"{}{}", b"[" * 100_000],
+    [
+        b"",
+        b"{",
+        b"null",
+        b"\xff",
+        b'{"mediaType":"\xff","created":"\xff"}',
+        b'{"mediaType":"\\ud800"}',
+        b"{}{}",
+        b"[" * 100_000,
+    ],
 )
 @pytest.mark.parametrize("parse", [parse_document, parse_config])
 def test_what_is_no_json_is_damaged(raw: bytes, parse: Any) -> None:  # noqa: ANN401
