@@ -101,7 +101,7 @@ class DockerArchiveSource:
                 warnings.check_config(config, len(image.layers), wanted)
         diff_ids = config.diff_ids if config is not None else ()
         layers = tuple(
-            self._layer(number, name, diff_ids[number - 1] if number <= len(diff_ids) else None)
+            self._layer(number, name, diff_ids[number - 1] if number <= len(diff_ids) else None, warnings)
             for number, name in enumerate(image.layers, 1)
         )
         return ResolvedImage(
@@ -179,13 +179,12 @@ class DockerArchiveSource:
         fitting = tuple(image for image, rank in zip(images, ranks, strict=True) if rank is not None and rank == best)
         return fitting or images
 
-    def _layer(self, number: int, name: bytes, diff_id: DiffID | None) -> LayerBlob:
+    def _layer(self, number: int, name: bytes, diff_id: DiffID | None, warnings: Warnings) -> LayerBlob:
         problem: OcifsError | None = None
         size = 0
         try:
             size = self._folder.size_of(name)
-            if diff_id is not None:
-                diff_id.hasher()
+            diff_id = warnings.usable(diff_id, number)
         except OcifsError as error:
             problem = type(error)(f"layer {number}: {error}")
         return LayerBlob(

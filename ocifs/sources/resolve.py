@@ -139,6 +139,16 @@ class Warnings:
             raise error
         self.warn(rule, str(error), layer)
 
+    def usable(self, diff_id: DiffID | None, layer: int) -> DiffID | None:
+        """Refuse a diff ID that cannot be computed; under examination do without it (rule C5)."""
+        try:
+            if diff_id is not None:
+                diff_id.hasher()
+        except UnsupportedError as error:
+            self.refuse("C5", error, layer)
+            return None
+        return diff_id
+
     def check_config(self, config: ImageConfig, layer_count: int, wanted: Platform) -> None:
         """Apply rule C8 and, for an image that was not chosen by platform, C9."""
         problem = config.rootfs_problem(layer_count)
@@ -437,6 +447,7 @@ class Resolver:
         try:
             if problem is None:
                 descriptor.digest.hasher()
+                diff_id = self.warnings.usable(diff_id, number)
             data = descriptor.embedded()
             if data is None:
                 self._check_size(number, descriptor)
