@@ -7,6 +7,7 @@ row        rooms                                                 what it knows
 =========  ====================================================  ==================================================
 names      ``errors`` ``reference`` ``spec`` ``tree``            what can go wrong; ``oci:dir:tag``; documents; nodes
 formats    ``tar`` ``compression`` ``erofs``                     header bytes, compressed streams, EROFS bytes; pure
+machine    ``forked``                                            work in a child process of its own
 index      ``layer_index`` ``image_tree``                        the two files we keep: one a layer, one an image
 merge      ``overlay``                                           every whiteout rule, and nothing else
 bytes      ``sources`` ``store``                                 foreign blobs, read-only; our own cache
