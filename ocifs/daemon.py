@@ -30,7 +30,6 @@ import errno
 import fcntl
 import hashlib
 import logging
-import logging.handlers
 import os
 import select
 import signal
@@ -444,6 +443,8 @@ def _daemon(
 
 def log_to_background(path: Path) -> None:
     """Send the log to a file beside the record and, where there is one, to the system's log."""
+    import logging.handlers  # noqa: PLC0415 (pulls in sockets and pickle, which nothing else needs)
+
     root = logging.getLogger()
     for handler in list(root.handlers):
         root.removeHandler(handler)

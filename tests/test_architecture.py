@@ -116,10 +116,10 @@ def test_the_table_is_read() -> None:
     assert {room: ROWS[room] for room in ("errors", "tar", "overlay", "sources", "rootfs", "cli")} == {
         "errors": 0,
         "tar": 1,
-        "overlay": 3,
-        "sources": 4,
-        "rootfs": 6,
-        "cli": 8,
+        "overlay": 4,
+        "sources": 5,
+        "rootfs": 7,
+        "cli": 9,
     }
 
 
