@@ -65,11 +65,30 @@ def padding(size: int) -> bytes:
     return bytes(-size % BLOCK)
 
 
+def whole_blocks(runs: Iterable[tuple[int, int]], size: int) -> list[tuple[int, int]]:
+    """The segments to store of a file of ``size`` bytes that has data at ``runs``, (file_offset, size) in order.
+
+    All but the last have a multiple of 512 bytes, zeros of the hole behind included: GNU tar pads each segment to a
+    block when it reads, all others take them as lying one behind the other, and so both read the same. A file that ends
+    with a hole ends with an empty segment, without which GNU tar makes it too short.
+    """
+    segments: list[tuple[int, int]] = []
+    for start, length in runs:
+        first, stop = start, start + length
+        if segments and first <= sum(segments[-1]):
+            first, before = segments.pop()
+            stop = max(stop, first + before)
+        segments.append((first, min(stop + (first - stop) % BLOCK, size) - first))
+    if not segments or sum(segments[-1]) < size:
+        segments.append((size, 0))
+    return segments
+
+
 def header(member: Member, sparse: Sequence[tuple[int, int]] | None = None) -> bytes:
     """Everything that goes before a member's data.
 
-    ``sparse`` are the (file_offset, size) of the data segments of a file with holes, in order; the data that follows is
-    then those segments one behind the other, and `stored_size` says how many bytes that are.
+    ``sparse`` are the (file_offset, size) of the data segments of a file with holes, as `whole_blocks` gives them; the data
+    that follows is then those segments one behind the other.
     """
     records: list[tuple[bytes, bytes]] = []
     path, link, size, sparse_map = member.path, member.target, 0, b""

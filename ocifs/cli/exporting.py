@@ -17,7 +17,6 @@ import click
 
 from ocifs.cli import archive, output
 from ocifs.cli import options as opt
-from ocifs.cli.listing import walk
 from ocifs.cli.options import Choice
 from ocifs.cli.reading import pieces
 from ocifs.errors import DamagedError, MachineError, UsageError
@@ -26,6 +25,7 @@ from ocifs.tree import Kind
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from ocifs.erofs import Inode
     from ocifs.rootfs import RootFS
 
     Write = Callable[[bytes | memoryview], object]
@@ -60,61 +60,75 @@ def write_archive(view: RootFS, write: Write) -> int:
     """Write the whole tree; give how many files were left out because their data is missing (rule H6)."""
     first_names: dict[int, bytes] = {}
     left_out = 0
-    root = view.inode(view.root)
-    write(archive.header(archive.Member(b".", Kind.DIR, root.mode, root.uid, root.gid, root.mtime_ns, xattrs=_xattrs(view, root.ino))))
-    for _, entries in _preorder(view):
-        for path, ino in entries:
-            found = view.inode(ino)
-            hard_link = first_names.get(ino) if found.kind is not Kind.DIR else None
-            if found.kind is Kind.FILE and view.tree.unreadable(ino):
-                output.complain(f"left out {output.decode(path)}: it is a hard link to a file that no layer holds (rule H6)")
-                left_out += 1
-                continue
-            if found.nlink > 1 and hard_link is None and found.kind is not Kind.DIR:
+    write(archive.header(_member(view, b".", view.inode(view.root), None)))
+    for path, found in _preorder(view):
+        ino, is_file = found.ino, found.kind is Kind.FILE
+        if is_file and view.tree.unreadable(ino):
+            output.complain(f"left out {output.decode(path)}: a hard link to a file that no layer holds (rule H6)")
+            left_out += 1
+            continue
+        hard_link = None
+        if found.nlink > 1 and found.kind is not Kind.DIR:
+            hard_link = first_names.get(ino)
+            if hard_link is None:
                 first_names[ino] = path
-            member = archive.Member(
-                path,
-                found.kind,
-                found.mode,
-                found.uid,
-                found.gid,
-                found.mtime_ns,
-                size=found.size if found.kind is Kind.FILE else 0,
-                target=view.readlink(ino) if found.kind is Kind.SYMLINK else b"",
-                rdev=found.rdev,
-                xattrs=_xattrs(view, ino),
-                hard_link=hard_link,
-            )
-            if found.kind is Kind.FILE and hard_link is None:
-                _write_file(view, ino, member, write)
-            else:
-                write(archive.header(member))
+        member = _member(view, path, found, hard_link)
+        if is_file and hard_link is None:
+            _write_file(view, ino, member, write)
+        else:
+            write(archive.header(member))
     write(archive.END)
     return left_out
 
 
-def _preorder(view: RootFS) -> Iterator[tuple[bytes, list[tuple[bytes, int]]]]:
-    """Directories from the root down, each with the paths below it as an archive has them: without a leading slash."""
-    for where, entries in walk(view, view.root, b"/"):
-        yield where, [(entry.path[1:], entry.ino) for entry in entries]
+def _preorder(view: RootFS) -> Iterator[tuple[bytes, Inode]]:
+    """Everything below the root, each directory right before what is in it, paths as an archive has them.
+
+    In any other order GNU tar would set a directory's time and then change it by extracting into it.
+    """
+    levels = [(b"", view.readdir(view.root))]
+    while levels:
+        prefix, entries = levels[-1]
+        for name, ino, *_ in entries:
+            if name in (b".", b".."):
+                continue
+            found = view.inode(ino)
+            path = prefix + name
+            yield path, found
+            if found.kind is Kind.DIR:
+                levels.append((path + b"/", view.readdir(ino)))
+                break
+        else:
+            levels.pop()
 
 
-def _xattrs(view: RootFS, ino: int) -> tuple[tuple[bytes, bytes], ...]:
-    return tuple(view.xattrs(ino).items())
+def _member(view: RootFS, path: bytes, found: Inode, hard_link: bytes | None) -> archive.Member:
+    return archive.Member(
+        path,
+        found.kind,
+        found.mode,
+        found.uid,
+        found.gid,
+        found.mtime_ns,
+        size=found.size if found.kind is Kind.FILE else 0,
+        target=view.readlink(found.ino) if found.kind is Kind.SYMLINK else b"",
+        rdev=found.rdev,
+        xattrs=tuple(view.xattrs(found.ino).items()),
+        hard_link=hard_link,
+    )
 
 
 def _write_file(view: RootFS, ino: int, member: archive.Member, write: Write) -> None:
     """A file with its data: whole, or its segments if it has holes."""
-    segments: list[tuple[int, int]] = []
+    runs: list[tuple[int, int]] = []
     offset, holes = 0, False
     for piece in view.tree.extents(ino, 0, member.size):
-        if not piece.layer:
-            holes = True
-        elif segments and sum(segments[-1]) == offset:
-            segments[-1] = (segments[-1][0], segments[-1][1] + piece.size)
+        if piece.layer:
+            runs.append((offset, piece.size))
         else:
-            segments.append((offset, piece.size))
+            holes = True
         offset += piece.size
+    segments = archive.whole_blocks(runs, member.size) if holes else [(0, member.size)]
     write(archive.header(member, segments if holes else None))
     stored = 0
     for start, size in segments:
