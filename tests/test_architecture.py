@@ -77,7 +77,7 @@ def room_of(name: str) -> str:
 def imports(source: str, module: str, *, is_package: bool) -> Iterator[Import]:
     """Every module that a source text imports, relative ones resolved; ``from ocifs import x`` names ``ocifs.x``."""
     tree = ast.parse(source)
-    later = set()
+    later: set[ast.AST] = set()
     for node in ast.walk(tree):
         lazy = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
         if lazy or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)):
