@@ -21,7 +21,7 @@ import functools
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import pyfuse3
@@ -49,12 +49,12 @@ _R = TypeVar("_R")
 
 
 def _answering(
-    operation: Callable[Concatenate[Adapter, _P], Awaitable[_R]],
-) -> Callable[Concatenate[Adapter, _P], Awaitable[_R]]:
+    operation: Callable[Concatenate[Adapter, _P], Coroutine[Any, Any, _R]],
+) -> Callable[Concatenate[Adapter, _P], Coroutine[Any, Any, _R]]:
     """Make an operation answer with an errno whatever happens: the session must survive every request."""
 
     @functools.wraps(operation)
-    async def answered(self: Adapter, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+    async def answered(self: Adapter, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
         try:
             return await operation(self, *args, **kwargs)
         except pyfuse3.FUSEError:

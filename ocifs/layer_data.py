@@ -15,9 +15,12 @@ from ocifs.layer_index import LayerIndex
 class Bytes(Protocol):
     """What a span is read from: a source's blob or a file of the store."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """For messages."""
+        ...
 
-    def read_at(self, offset: int, size: int) -> bytes:
+    def read_at(self, offset: int, size: int, /) -> bytes:
         """Return ``size`` bytes at ``offset``; fewer at the end."""
         ...
 
@@ -57,7 +60,7 @@ class LayerData:
             layer_offset = end
             number += 1
 
-    def decode(self, span: int) -> bytes:
+    def decode(self, span: int) -> bytes | memoryview:
         """Read, verify and inflate one span; blocking. Raises `DamagedError` naming blob, span and offset."""
         return self.index.decode(span, self._stored.read_at)
 

@@ -71,16 +71,16 @@ class SpanCache:
         """Keep at most ``limit`` bytes; a span larger than that is handed out but not kept."""
         self.limit = limit
         self.size = 0
-        self._spans: OrderedDict[SpanKey, bytes] = OrderedDict()
+        self._spans: OrderedDict[SpanKey, bytes | memoryview] = OrderedDict()
 
-    def get(self, key: SpanKey) -> bytes | None:
+    def get(self, key: SpanKey) -> bytes | memoryview | None:
         """The span, if it is here."""
         data = self._spans.get(key)
         if data is not None:
             self._spans.move_to_end(key)
         return data
 
-    def put(self, key: SpanKey, data: bytes) -> None:
+    def put(self, key: SpanKey, data: bytes | memoryview) -> None:
         """Keep the span, making room for it."""
         if key in self._spans or len(data) > self.limit:
             return
@@ -96,7 +96,7 @@ class _Flight:
 
     def __init__(self, landed: trio.Event) -> None:
         self.landed = landed
-        self.data: bytes | None = None
+        self.data: bytes | memoryview | None = None
         self.error: OcifsError | None = None
 
 
@@ -120,7 +120,7 @@ class SpanReader:
         self._threads = threads
         self._limiter: trio.CapacityLimiter | None = None
 
-    def blocking(self, key: SpanKey) -> bytes:
+    def blocking(self, key: SpanKey) -> bytes | memoryview:
         """The span, decoded in this thread if need be."""
         data = self.cache.get(key)
         if data is None:
@@ -129,7 +129,7 @@ class SpanReader:
             self.cache.put(key, data)
         return data
 
-    async def span(self, key: SpanKey) -> bytes:
+    async def span(self, key: SpanKey) -> bytes | memoryview:
         """The span: from the cache, from whoever is decoding it already, or decoded in a thread."""
         data = self.cache.get(key)
         if data is not None:
@@ -270,7 +270,7 @@ def view(image: Image, cache: SpanCache | None = None) -> RootFS:
     return RootFS(image.tree, SpanReader([layer.data for layer in image.layers], cache or SpanCache()))
 
 
-def _slice(key: SpanKey, data: bytes, start: int, length: int) -> memoryview:
+def _slice(key: SpanKey, data: bytes | memoryview, start: int, length: int) -> memoryview:
     if len(data) < start + length:
         message = f"span {key.span} of layer {key.layer} decoded to {len(data)} bytes; {start + length} were expected"
         raise DamagedError(message)
