@@ -21,12 +21,13 @@ matter, because two readers that disagree about where an entry ends see differen
 
 Differences, each because the rules ask for it: sparse maps are checked when they are read and not when the file is
 (so the layer is refused, not the read); identifiers, device numbers and times that the kernel or containerd would cut
-are cut here, with a notice; ``trusted`` lengths never lead to an allocation, as below.
+are cut here, with a notice.
 
 Bounds. What describes an entry beside its header block (PAX records, a long name, a sparse map) is kept in memory until
 the entry is complete, so each is bounded by `EXTENSION_LIMIT`, as in Go and libarchive. Data is skipped by adding
-numbers. The notices are bounded by `NOTICE_LIMIT`. So the memory is a small multiple of the chunk fed plus a few times
-the limit, whatever a header declares, and the time is linear in the bytes fed.
+numbers. The notices are bounded by `NOTICE_LIMIT`. So the memory follows the bytes fed (a chunk's entries, and up to
+twenty times the bytes of one such description while it is taken apart), never what a header declares; and the time is
+linear in the bytes fed.
 
 Concurrency: a scanner belongs to one thread at a time.
 """

@@ -155,7 +155,9 @@ def test_d2_contiguous_file_is_a_file() -> None:
 # --- D3: numbers -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("field", [b"0000644\0", b"000644 \0", b"   644 \0", b"644\0junk", b"644", b"\x00\x00644\0\0\0"])
+@pytest.mark.parametrize(
+    "field", [b"0000644\0", b"000644 \0", b"   644 \0", b"644\0junk", b"644", b"\x00\x00644\0\0\0"]
+)
 def test_d3_octal_with_spaces_and_nuls_around(field: bytes) -> None:
     assert only(entry("a", mode=field)).mode == 0o644
 
@@ -298,6 +300,8 @@ def test_d5_last_record_of_a_key_counts() -> None:
 def test_d5_pax_header_serves_one_entry_only() -> None:
     found = sound(tarball(entry("a", pax={"path": "A", "uid": "9"}), entry("b")))
     assert [(e.path, e.uid) for e in found] == [(b"A", 9), (b"b", 0)]
+    found = sound(tarball(entry("a", pax={"uid": "9"}), t.gnu_long("long"), entry("b")))
+    assert [(e.path, e.uid) for e in found] == [(b"a", 9), (b"long", 0)]
 
 
 def test_d5_value_may_hold_equals_newline_and_any_byte() -> None:
@@ -492,6 +496,28 @@ def test_d8_old_gnu_sparse_is_read_with_holes(count: int) -> None:
     assert layer[found[0].data_offset :][:count] == bytes(range(65, 65 + count))
 
 
+@pytest.mark.parametrize("minor", ["0", "1"])
+def test_d8_pax_0_x_may_say_its_version(minor: str) -> None:
+    records = {"GNU.sparse.major": "0", "GNU.sparse.minor": minor, "GNU.sparse.numblocks": "1"}
+    found = only(entry("s", b"ab", pax=records | {"GNU.sparse.map": "5,2", "GNU.sparse.realsize": "9"}))
+    assert (found.size, found.sparse) == (9, ((5, 2),))
+
+
+def test_d8_segments_may_reach_the_end_of_the_file() -> None:
+    assert only(t.sparse_gnu("s", [(0, b"a"), (98, b"bc")], 100)).sparse == ((0, 1), (98, 2))
+
+
+def test_d8_sparse_map_of_an_odd_type_is_read_over() -> None:
+    records = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "odd"}
+    data = t.padded(b"1\n600\n3\n") + b"abc"
+    odd, following = sound(
+        tarball(entry("x", data, type=b"A", pax=records | {"GNU.sparse.size": "603"}), entry("next"))
+    )
+    assert (odd.path, odd.type, odd.size, odd.sparse) == (b"odd", EntryType.OTHER, 0, None)
+    assert (odd.data_offset, odd.stored_size, following.path) == (512 * 4, 3, b"next")
+    assert only(entry("x", b"d", type=b"A", pax={"GNU.sparse.map": "0,1", "GNU.sparse.numblocks": "1"})).size == 0
+
+
 def test_d8_file_that_is_all_hole() -> None:
     for layer in (
         t.sparse_gnu("s", [(5000, b"")], 5000),
@@ -530,7 +556,7 @@ def _lying(kind: str, segment_map: list[tuple[int, int]], size: int, data: bytes
         ([(0, 4), (2, 4)], 100),  # overlap
         ([(50, 4), (0, 4)], 100),  # out of order
         ([(50, 0), (0, 8)], 100),  # out of order, by an empty one
-        ([(96, 8)], 100),  # beyond the file
+        ([(93, 8)], 100),  # beyond the file
         ([(0, 9)], 100),  # more than is stored
         ([(0, 7)], 100),  # less than is stored
         ([(0, 8)], -1),  # negative file
