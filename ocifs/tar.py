@@ -306,7 +306,7 @@ def _pax_time(text: bytes) -> int:
     return whole - part if seconds.startswith(b"-") else whole + part
 
 
-def _pax_records(body: bytes) -> dict[bytes, bytes]:  # noqa: C901  (each branch is one thing that can be wrong)
+def _pax_records(body: bytes) -> dict[bytes, bytes]:
     r"""Read the records of a PAX header, ``LENGTH KEY=VALUE\n`` each; a key's last value counts. ValueError: malformed.
 
     The pairs of sparse format 0.0, which come as the same two keys again and again, become the one list of 0.1.

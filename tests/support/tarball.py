@@ -99,7 +99,7 @@ def base256(value: int, size: int) -> bytes:
     return bytes([encoded[0] | 0x80]) + encoded[1:]
 
 
-def header(  # noqa: PLR0913  (a header has that many fields)
+def header(
     path: Text = b"",
     *,
     type: bytes = FILE,  # noqa: A002  (the field's name)
@@ -196,7 +196,7 @@ def gnu_long(name: Text, *, type: bytes = GNU_LONG_NAME, terminated: bool = True
     return header(b"././@LongLink", type=type, size=len(body), magic="gnu") + padded(body)
 
 
-def entry(  # noqa: PLR0913
+def entry(
     path: Text,
     data: bytes = b"",
     *,
