@@ -260,7 +260,7 @@ class ImageTree:
         self._origins, self._synthetic, self._unreadable, self._warnings, metadata = self._sections
         try:
             self.metadata: Metadata = msgspec.json.decode(self._section(metadata), type=Metadata)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             self._damaged(f"its metadata are not what they should be: {error}")
         self.image: Image = Image(mapped, name=f"the image tree {name}", unchecked=self._unchecked, check=self._check)
         """The EROFS image. Its runs name devices; `extents` here names layers."""
@@ -370,7 +370,7 @@ class ImageTree:
         """What was noticed while the tree was merged and written, in that order."""
         try:
             stored = msgspec.json.decode(self._section(self._warnings), type=list[tuple[str, int, bytes, str]])
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             self._damaged(f"its warnings are not what they should be: {error}")
         return [Warned(*warning) for warning in stored]
 
@@ -398,6 +398,8 @@ class ImageTree:
                 if first <= offset:
                     step = min(end, first + length) - offset
                     if step > 0:
+                        if not 0 < layer < self._synthetic_device:
+                            self._damaged(f"the synthetic device takes data from layer {layer}")
                         yield Piece(layer, layer_offset + offset - first, step)
                         offset += step
                     index += 1

@@ -58,8 +58,10 @@ CHUNK_INDEXES: Final = 0x20
 CHUNK_BITS_MASK: Final = 0x1F
 NULL_BLOCK: Final = 0xFFFFFFFF
 """Block number that means a hole."""
-MAX_BLOCKS: Final = 0xFFFFFFFF
-"""Block numbers have 32 bits and the last one means a hole: a device ends at 2 TiB − 512."""
+UNREACHABLE_BLOCK: Final = 0xFFFFFFFE
+"""The last block a device could have. No layer is that long, so data there cannot be read: what is meant to fail is there."""
+MAX_BLOCKS: Final = 0xFFFFFFFE
+"""Blocks of a device: numbers have 32 bits, the last two have their meaning above, so a device ends at 2 TiB − 1024."""
 MAX_CHUNKS: Final = 1 << 20
 """Our own limit for one file: 8 MiB of chunk index."""
 

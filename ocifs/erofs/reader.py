@@ -78,7 +78,6 @@ _NAME_OFFSETS: Final = {
 """The name offsets of a block, by the offset of its first name (which tells how many there are)."""
 _NID: Final = struct.Struct("<Q")
 _NO_DEVICE: Final = (0, 0)
-_SMALL_ERRORS: Final = (struct.error, IndexError, OverflowError)
 
 
 class Inode(msgspec.Struct, frozen=True, gc=False):
@@ -178,7 +177,7 @@ class Image:
     def inode(self, nid: int) -> Inode:
         """The attributes of an inode. A nid that is none of this image's gives `DamagedError` or nonsense, never harm."""
         offset = self._base + (nid << SLOT_BITS)
-        if not 0 < offset <= self._last:
+        if not self._base <= offset <= self._last:
             self._damaged(f"inode {nid} is outside of it")
         if self._unchecked[offset >> CHECK_BITS]:
             self._check(offset >> CHECK_BITS)
@@ -201,7 +200,7 @@ class Image:
     def _head(self, nid: int, kind: Kind) -> tuple[int, int, int, int, int]:
         """Offset, i_format, where what follows the attributes begins, i_size and i_u of an inode of the given kind."""
         offset = self._base + (nid << SLOT_BITS)
-        if not 0 < offset <= self._last:
+        if not self._base <= offset <= self._last:
             self._damaged(f"inode {nid} is outside of it")
         if self._unchecked[offset >> CHECK_BITS]:
             self._check(offset >> CHECK_BITS)
@@ -281,7 +280,10 @@ class Image:
 
     def _first_name(self, nid: int, offset: int, size: int) -> bytes:
         """The first name of the directory block at ``offset``."""
-        first, second = _FIRST_TWO.unpack_from(self._data, offset) if size >= _FIRST_TWO.size else (0, 0)
+        if size >= _FIRST_TWO.size:
+            first, second = _FIRST_TWO.unpack_from(self._data, offset)
+        else:
+            first, second = DIRENT_SIZE, 0  # no room for two: a single short name, or damage that shows in a moment
         if first == DIRENT_SIZE:
             end = self._data.find(b"\0", offset + first, offset + size)
             second = size if end < 0 else end - offset
@@ -297,6 +299,7 @@ class Image:
         """
         base, blocks, behind, tail = self._directory(nid)
         total = blocks + bool(tail)
+        start = max(start, 0)
         number, skip = start >> BLOCK_BITS, (start & BLOCK_SIZE - 1) // DIRENT_SIZE
         kinds = _KIND_OF_TYPE
         while number < total:
@@ -344,7 +347,7 @@ class Image:
     def xattrs(self, nid: int) -> dict[bytes, bytes]:
         """The extended attributes of an inode, by their whole names, in the order they were given when it was written."""
         offset = self._base + (nid << SLOT_BITS)
-        if not 0 < offset <= self._last:
+        if not self._base <= offset <= self._last:
             self._damaged(f"inode {nid} is outside of it")
         if self._unchecked[offset >> CHECK_BITS]:
             self._check(offset >> CHECK_BITS)

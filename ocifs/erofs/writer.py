@@ -1,7 +1,7 @@
 """Writing a merged tree as an EROFS image.
 
 Two passes, both linear in the number of inodes and neither recursive. The first, in `Encoder`'s constructor, gives every
-inode its place: nothing is written before everything that can be refused has been. The second, `Encoder.write`, streams
+inode its place and refuses what the format cannot hold, before anything is written. The second, `Encoder.write`, streams
 the image out from front to back, seeking nowhere.
 
 The order of things in the metadata area. Directories are taken in depth-first order; when a directory's turn comes, first
@@ -56,6 +56,7 @@ from ocifs.erofs.layout import (
     SUPER_OFFSET,
     SYMLINK_MAX,
     UNMAPPED_BLOCK,
+    UNREACHABLE_BLOCK,
     XATTR_ENTRY,
     XATTR_HEADER_SIZE,
     XATTR_PREFIXES,
@@ -326,8 +327,7 @@ class Encoder:
             _refuse(directory, name, f"a file of {size} bytes is larger than the kernel can handle")
         if node.unreadable:
             bits = _chunk_bits(size, 0, MAX_CHUNKS)
-            # The last block that a device could have, which no layer reaches: reading it is an error for every reader.
-            return _Chunked(CHUNK_INDEXES | bits, CHUNK_INDEX.pack(0, 1, NULL_BLOCK - 1) * _chunks(size, bits))
+            return _Chunked(CHUNK_INDEXES | bits, CHUNK_INDEX.pack(0, 1, UNREACHABLE_BLOCK) * _chunks(size, bits))
         extents = _joined(node.extents)
         end = 0
         for extent in extents:
@@ -429,7 +429,8 @@ class Encoder:
                         packed = pack_simple(
                             FORMAT_CHUNKED, 0, 0o100000 | node.mode, 0, node.size,
                             CHUNK_INDEXES | max(0, (node.size - 1 >> BLOCK_BITS).bit_length()), nid & 0xFFFFFFFF,
-                            node.uid, node.gid, seconds, nanoseconds, 1 + links.get(node, 0),
+                            node.uid, node.gid, seconds if seconds < _MAX_TIME else _MAX_TIME, nanoseconds,
+                            1 + links.get(node, 0),
                             0, extent.layer, extent.layer_offset >> BLOCK_BITS,
                         )  # fmt: skip
                     except struct.error:
@@ -494,7 +495,10 @@ class Encoder:
                 union, nid & 0xFFFFFFFF, node.uid, node.gid, min(seconds, _MAX_TIME), nanoseconds, links,
             )  # fmt: skip
         except struct.error:
-            message = f"an owner, mode or time is out of range in {node.origin}: {node.uid}:{node.gid} {node.mode:o} {node.mtime_ns}"
+            message = (
+                f"entry {node.origin.entry} of layer {node.origin.layer} cannot be kept in the image tree: its owner"
+                f" {node.uid}:{node.gid}, mode {node.mode:o} or time {node.mtime_ns} is out of range"
+            )
             raise UnsupportedError(message) from None
         return packed + xattrs + rest
 
