@@ -201,7 +201,8 @@ class _Span:
         self._at = 0
         self._step = _FIRST_STEP
         self._inflater: _Inflater | None = None
-        self._pieces: list[bytes] = []
+        self._trailer_due = False
+        """Whether a member's data has ended and its trailer comes next."""
         self._lead = b""
         self._member_size = member_size
         """Bytes that the current member has given, None if its start was not seen."""
@@ -223,8 +224,15 @@ class _Span:
 
     def finish(self) -> None:
         """Go on to the end of the data, where nothing more may come out."""
-        while self._inflater is not None or self._at < len(self._stored):
-            if self._inflater is None and bytes(self._stored[self._at : self._at + 2]) != b"\x1f\x8b":
+        while True:
+            if self._trailer_due:
+                self._end_member()
+            if self._inflater is None:
+                if self._at == len(self._stored):
+                    return
+                if bytes(self._stored[self._at : self._at + 2]) == b"\x1f\x8b":
+                    self._begin_member()
+                    continue
                 left = len(self._stored) - self._at
                 raise DamagedError(f"{left} bytes behind the last gzip member are not gzip data")
             if self._next(1):
@@ -232,11 +240,10 @@ class _Span:
 
     def _next(self, limit: int) -> bytes:
         """Decode one step, at most ``limit`` bytes; empty where a member begins or ends."""
+        if self._trailer_due:
+            self._end_member()
         if self._inflater is None:
-            self._at = member_header_end(self._stored, self._at)
-            self._inflater = self._inflate(wbits=-15)
-            self._step = _FIRST_STEP
-            self._member_size = 0
+            self._begin_member()
         if self._lead:
             given = 0
             chunk: bytes | memoryview = self._lead
@@ -256,11 +263,18 @@ class _Span:
             self._member_size += len(piece)
         if self._inflater.eof:
             self._at -= len(self._inflater.unused_data)
-            self._end_member()
+            self._inflater = None
+            self._trailer_due = True
         elif len(piece) == limit:
             # The decompressor may hold input it has not used. Nobody reads on after the limit but `finish`.
             self._at -= len(getattr(self._inflater, "unconsumed_tail", b""))
         return piece
+
+    def _begin_member(self) -> None:
+        self._at = member_header_end(self._stored, self._at)
+        self._inflater = self._inflate(wbits=-15)
+        self._step = _FIRST_STEP
+        self._member_size = 0
 
     def _end_member(self) -> None:
         trailer = self._stored[self._at : self._at + TRAILER_SIZE]
@@ -271,4 +285,4 @@ class _Span:
             if size != self._member_size & 0xFFFFFFFF:
                 raise DamagedError("a gzip member's trailer has another size than its data")
         self._at += TRAILER_SIZE
-        self._inflater = None
+        self._trailer_due = False
