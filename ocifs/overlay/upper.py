@@ -185,7 +185,7 @@ class Upper:
             else:
                 siblings[name] = node
 
-    def _locate(self, entry: Entry, number: int) -> tuple[Node, bytes] | None:  # noqa: C901, PLR0911
+    def _locate(self, entry: Entry, number: int) -> tuple[Node, bytes] | None:  # noqa: C901, PLR0911, PLR0912
         """Find where an entry goes, for every path that is not plain; None: nowhere, or it was a marker."""
         path = entry.path
         if entry.type == EntryType.OTHER:
