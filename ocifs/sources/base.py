@@ -62,7 +62,8 @@ class LayerBlob:
     """One layer as its source knows it. Holds no open file: `open` gives a blob that the caller closes.
 
     ``digest`` is of the stored bytes; None in a docker-archive, which does not say. ``diff_id`` is None only where the
-    configuration does not give one: artifacts, and damaged images under examination. ``size`` is what the descriptor
+    configuration does not give one: artifacts, and damaged images under examination, where either is also None if it
+    is of an algorithm that cannot be computed (rule C5). ``size`` is what the descriptor
     says, or what is stored where there is no descriptor.
     """
 

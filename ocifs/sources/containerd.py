@@ -22,6 +22,7 @@ from ocifs.reference import Selector
 from ocifs.sources.bbolt import Bucket, Database
 from ocifs.sources.blob import FileBlob, os_problem, shown
 from ocifs.sources.folder import DirectoryFolder
+from ocifs.sources.names import same_name
 from ocifs.sources.resolve import Resolver, Top, listed, offered, read_document, within
 from ocifs.spec import MAX_DOCUMENT_SIZE, Descriptor, Digest, Index, Manifest, Platform, parse_document
 
@@ -109,16 +110,16 @@ class ContainerdSource:
         """See `Source.resolve`. A digest may be part of an image's name, and CRI names images by digest alone."""
         resolver = Resolver(self, examine=examine)
         names = {name for top in self._tops for name in top.names}
-        if selector.digest is not None and selector.name is not None and str(selector) in names:
-            selector = Selector(name=str(selector))
+        pinned = [] if selector.digest is None else [name for name in names if same_name(str(selector), name)]
+        if selector.name is not None and pinned:
+            selector = Selector(name=pinned[0])
         elif selector.name is not None and selector.name not in names:
-            try:
+            if selector.name.startswith(("sha256:", "sha512:")):
                 selector = Selector(digest=Digest.parse(selector.name))
-            except DamagedError:
-                if self._meta_problem is not None:
-                    raise NotFoundError(
-                        f"{self.description} cannot be searched by name, choose by digest: {self._meta_problem}"
-                    ) from None
+            elif self._meta_problem is not None:
+                raise NotFoundError(
+                    f"{self.description} cannot be searched by name, choose by digest: {self._meta_problem}"
+                )
         if self._meta_problem is not None:
             resolver.warnings.warn("", f"the names of images are not known: {self._meta_problem}")
         return resolver.image(self._tops, selector, platform)

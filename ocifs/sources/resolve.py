@@ -13,7 +13,7 @@ Not here: where the blobs are.
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
 import msgspec
 
@@ -51,6 +51,9 @@ _MAX_LISTED: Final = 20
 
 _MAX_PROBED: Final = 64
 """Manifests that are read to find the only image among artifacts."""
+
+
+_D = TypeVar("_D", Digest, DiffID)
 
 
 class BlobStore(Protocol):
@@ -139,15 +142,15 @@ class Warnings:
             raise error
         self.warn(rule, str(error), layer)
 
-    def usable(self, diff_id: DiffID | None, layer: int) -> DiffID | None:
-        """Refuse a diff ID that cannot be computed; under examination do without it (rule C5)."""
+    def usable(self, digest: _D | None, layer: int) -> _D | None:
+        """Refuse a digest that cannot be computed; under examination do without it (rule C5)."""
         try:
-            if diff_id is not None:
-                diff_id.hasher()
+            if digest is not None:
+                digest.hasher()
         except UnsupportedError as error:
             self.refuse("C5", error, layer)
             return None
-        return diff_id
+        return digest
 
     def check_config(self, config: ImageConfig, layer_count: int, wanted: Platform) -> None:
         """Apply rule C8 and, for an image that was not chosen by platform, C9."""
@@ -444,11 +447,12 @@ class Resolver:
     def _layer(self, number: int, descriptor: Descriptor, diff_id: DiffID | None) -> LayerBlob:
         problem: OcifsError | None = descriptor.layer_problem()
         data: bytes | None = None
+        digest: Digest | None = descriptor.digest
         try:
             if problem is None:
-                descriptor.digest.hasher()
+                digest = self.warnings.usable(digest, number)
                 diff_id = self.warnings.usable(diff_id, number)
-            data = descriptor.embedded()
+            data = self._embedded(number, descriptor) if digest is not None else None
             if data is None:
                 self._check_size(number, descriptor)
         except OcifsError as error:
@@ -460,7 +464,7 @@ class Resolver:
                 problem = None
         return LayerBlob(
             number=number,
-            digest=descriptor.digest,
+            digest=digest,
             diff_id=diff_id,
             media_type=descriptor.media_type,
             size=descriptor.size,
@@ -468,6 +472,14 @@ class Resolver:
             problem=problem,
             opener=self._opener(descriptor.digest, data),
         )
+
+    def _embedded(self, number: int, descriptor: Descriptor) -> bytes | None:
+        """Give a layer that is embedded in its manifest; under examination, not if it is wrong (rule C6)."""
+        try:
+            return descriptor.embedded()
+        except DamagedError as error:
+            self.warnings.refuse("C6", DamagedError(f"layer {number} {error}"), number)
+            return None
 
     def _check_size(self, number: int, descriptor: Descriptor) -> None:
         with within(f"layer {number}"):
