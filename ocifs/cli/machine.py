@@ -1,0 +1,284 @@
+"""``doctor``: what this machine can and cannot do, what each thing is for, and how to change it.
+
+Nothing is changed but that the cache and runtime directories are made if they are not there, which any other command
+would do too. The exit status is 0 unless something is missing that plain reading (``ls``, ``cat``, ``export``, …) needs:
+what only mounting, containers or comparisons need is reported, and that is all.
+
+Not here: repairs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import click
+import msgspec
+
+from ocifs.cli import options as opt
+from ocifs.cli import output
+from ocifs.cli.options import Choice
+from ocifs.errors import MachineError, OcifsError
+
+if TYPE_CHECKING:
+    from ocifs.daemon import MountEntry
+
+_PYTHON: Final = (3, 11)
+_EROFS_LINUX: Final = (6, 12)
+"""File-backed EROFS mounts: CONFIG_EROFS_FS_BACKED_BY_FILE."""
+_CAP_SYS_ADMIN: Final = 21
+"""include/uapi/linux/capability.h"""
+
+_READING: Final = {
+    "click": "the command line",
+    "isal": "decoding gzip layers",
+    "msgspec": "reading documents",
+    "rapidgzip": "indexing gzip layers",
+    "rich": "progress bars",
+    "zstandard": "reading zstd layers",
+}
+_MOUNTING: Final = {"pyfuse3": "mounting", "trio": "mounting"}
+_TOOLS: Final = {
+    "runc": "running containers from a mount",
+    "crun": "the same",
+    "umoci": "comparing with what it unpacks",
+    "skopeo": "fetching images, and comparing",
+}
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """One capability. ``needed`` says that plain reading needs it; ``advice`` is empty if ``ok``."""
+
+    name: str
+    ok: bool
+    purpose: str
+    detail: str
+    advice: str = ""
+    needed: bool = False
+
+
+@click.command(epilog=opt.examples("ocifs doctor", "ocifs doctor --json | jq -r 'select(.ok | not) | .advice'"))
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object a line.")
+@opt.cache_options
+def doctor(choice: Choice, *, as_json: bool) -> None:
+    """Say what this machine can do, what each thing is needed for, and what to do about what is missing.
+
+    The exit status is 0 if images can be listed and read, whether or not they can be mounted, and 6 otherwise.
+    """
+    findings = list(examine(choice))
+    if as_json:
+        for finding in findings:
+            output.print_json({name: getattr(finding, name) for name in finding.__struct_fields__})
+    else:
+        rows = [
+            ("ok" if finding.ok else "missing", finding.name, finding.detail, finding.purpose) for finding in findings
+        ]
+        output.print_table(("", "WHAT", "FOUND", "FOR"), rows)
+        missing = [finding for finding in findings if not finding.ok and finding.advice]
+        if missing:
+            output.print_line("")
+        for finding in missing:
+            output.print_line(output.printable(f"{finding.name}: {finding.advice}"))
+    if not all(finding.ok for finding in findings if finding.needed):
+        raise click.exceptions.Exit(MachineError.exit_code)
+
+
+def examine(choice: Choice) -> Iterator[Finding]:
+    """Look at everything, what plain reading needs first. Never raises: what cannot be looked at is missing."""
+    yield _python()
+    for name, purpose in _READING.items():
+        yield _package(name, purpose, needed=True)
+    yield _cache(choice)
+    for name, purpose in _MOUNTING.items():
+        yield _package(name, purpose, needed=False)
+    yield from (_fuse_device(), _fusermount(), _allow_other(), _runtime(), _privileges())
+    yield from (_kernel(), _erofs(), _overlay())
+    for name, purpose in _TOOLS.items():
+        yield _tool(name, purpose)
+
+
+def _python() -> Finding:
+    ok = sys.version_info[:2] >= _PYTHON
+    advice = "" if ok else f"install Python {_PYTHON[0]}.{_PYTHON[1]} or newer"
+    return Finding("Python", ok, "everything", platform.python_version(), advice, needed=True)
+
+
+def _package(name: str, purpose: str, *, needed: bool) -> Finding:
+    from importlib import import_module  # noqa: PLC0415
+    from importlib.metadata import PackageNotFoundError, version  # noqa: PLC0415
+
+    try:
+        import_module(name)
+    except ImportError as error:
+        extra = "'ocifs-mount[fuse]', after the packages fuse3, libfuse3-dev, pkg-config and gcc" if name == "pyfuse3" else name
+        return Finding(name, False, purpose, str(error), f"pip install {extra}", needed)  # noqa: FBT003
+    try:
+        found = version(name)
+    except PackageNotFoundError:
+        found = "of unknown version"
+    return Finding(name, True, purpose, found, needed=needed)  # noqa: FBT003
+
+
+def _cache(choice: Choice) -> Finding:
+    name, purpose = "cache", "keeping indexes"
+    try:
+        with opt.opened_store(choice) as store:
+            size = sum(entry.size for entry in store.entries())
+            path = store.path
+            with store.new(next(iter(_kinds()))) as new:
+                new.file.write(b"written, and removed again")
+    except OcifsError as error:
+        return Finding(name, False, purpose, "unusable", str(error), needed=True)  # noqa: FBT003
+    disk = os.statvfs(path)
+    free = output.human_size(disk.f_bavail * disk.f_frsize)
+    detail = f"{path} ({_file_system(path)}), {output.human_size(size)} used, {free} free"
+    return Finding(name, True, purpose, detail, needed=True)  # noqa: FBT003
+
+
+def _kinds() -> Iterator[object]:
+    from ocifs.store import Kind  # noqa: PLC0415
+
+    return iter(Kind)
+
+
+def _file_system(path: Path) -> str:
+    """The type of the file system that a path is on: of the mount whose place is the longest start of it."""
+    from ocifs.daemon import mounts  # noqa: PLC0415
+
+    real = os.fsencode(os.path.realpath(path))
+
+    def holds(entry: MountEntry) -> bool:
+        return real == entry.mountpoint or real.startswith(entry.mountpoint.rstrip(b"/") + b"/")
+
+    found = [entry for entry in mounts() if holds(entry)]
+    return max(found, key=lambda entry: len(entry.mountpoint)).fs_type if found else "unknown"
+
+
+def _fuse_device() -> Finding:
+    name, purpose = "/dev/fuse", "mounting"
+    try:
+        os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
+    except FileNotFoundError:
+        advice = "modprobe fuse; in a container: start it with --device /dev/fuse --cap-add SYS_ADMIN"
+        return Finding(name, False, purpose, "not there", advice)  # noqa: FBT003
+    except OSError as error:
+        advice = "become root, or ask for permission on /dev/fuse; in a container: start it with --device /dev/fuse"
+        return Finding(name, False, purpose, str(error.strerror), advice)  # noqa: FBT003
+    return Finding(name, True, purpose, "can be opened")  # noqa: FBT003
+
+
+def _fusermount() -> Finding:
+    found = shutil.which("fusermount3")
+    advice = "" if found else "install the package fuse3"
+    return Finding("fusermount3", found is not None, "mounting without root", found or "not there", advice)
+
+
+def _allow_other() -> Finding:
+    name, purpose = "user_allow_other", "-o allow_other without root"
+    with contextlib.suppress(OSError):
+        lines = Path("/etc/fuse.conf").read_text(encoding="utf-8", errors="replace").splitlines()
+        if "user_allow_other" in (line.strip() for line in lines):
+            return Finding(name, True, purpose, "set in /etc/fuse.conf")  # noqa: FBT003
+    advice = "as root, add a line user_allow_other to /etc/fuse.conf"
+    return Finding(name, False, purpose, "not set in /etc/fuse.conf", advice)  # noqa: FBT003
+
+
+def _runtime() -> Finding:
+    from ocifs.daemon import runtime_dir  # noqa: PLC0415
+
+    name, purpose = "runtime directory", "mounting"
+    try:
+        return Finding(name, True, purpose, str(runtime_dir()))  # noqa: FBT003
+    except OcifsError as error:
+        return Finding(name, False, purpose, "unusable", str(error))  # noqa: FBT003
+
+
+def _privileges() -> Finding:
+    capabilities = 0
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("CapEff:"):
+                capabilities = int(line.split()[1], 16)
+    ok = os.geteuid() == 0 and bool(capabilities >> _CAP_SYS_ADMIN & 1)
+    who = "root" if os.geteuid() == 0 else f"user {os.geteuid()}"
+    detail = f"{who}, {'with' if capabilities >> _CAP_SYS_ADMIN & 1 else 'without'} CAP_SYS_ADMIN"
+    advice = "" if ok else "run as root; in a container: start it with --cap-add SYS_ADMIN"
+    return Finding("privileges", ok, "mounting without fusermount3, and with the kernel's EROFS", detail, advice)
+
+
+# -- the kernel ----------------------------------------------------------------------------------------------------
+
+
+def _release() -> tuple[int, int]:
+    """The kernel's version: (6, 12) of ``6.12.9-cloud``."""
+    numbers = platform.release().replace("-", ".").split(".")
+    try:
+        return int(numbers[0]), int(numbers[1])
+    except (IndexError, ValueError):
+        return 0, 0
+
+
+def _kernel() -> Finding:
+    return Finding("kernel", platform.system() == "Linux", "mounting", f"{platform.system()} {platform.release()}")
+
+
+def _has_file_system(name: str) -> str:
+    """How the kernel has a file system: ``built in or loaded``, ``a module``; empty if it has not."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/filesystems").read_text(encoding="ascii").splitlines()
+        if name in (line.split()[-1] for line in lines if line.split()):
+            return "built in or loaded"
+    for index in ("modules.dep", "modules.builtin"):
+        with contextlib.suppress(OSError):
+            listed = Path("/lib/modules", platform.release(), index).read_text(encoding="utf-8", errors="replace")
+            if any(f"/{name}.ko" in line.partition(":")[0] for line in listed.splitlines()):
+                return "a module"
+    return ""
+
+
+def _erofs() -> Finding:
+    name, purpose = "EROFS from a file", "mounting with the kernel's own driver"
+    how, release = _has_file_system("erofs"), _release()
+    wanted = ".".join(map(str, _EROFS_LINUX))
+    if release < _EROFS_LINUX:
+        return Finding(name, False, purpose, f"Linux {platform.release()}", f"needs Linux {wanted} or newer")  # noqa: FBT003
+    if not how:
+        advice = "needs a kernel with CONFIG_EROFS_FS; modprobe erofs if it is a module"
+        return Finding(name, False, purpose, "the kernel has no EROFS", advice)  # noqa: FBT003
+    setting = _kernel_setting("CONFIG_EROFS_FS_BACKED_BY_FILE")
+    if setting == "n":
+        return Finding(name, False, purpose, "switched off", "needs CONFIG_EROFS_FS_BACKED_BY_FILE")  # noqa: FBT003
+    return Finding(name, True, purpose, how)  # noqa: FBT003
+
+
+def _kernel_setting(name: str) -> str:
+    """``y``, ``m`` or ``n`` as the kernel was configured; empty if it does not say."""
+    import gzip  # noqa: PLC0415 (only here)
+
+    readers: dict[Path, Callable[[Path], bytes]] = {
+        Path("/proc/config.gz"): lambda path: gzip.decompress(path.read_bytes()),
+        Path(f"/boot/config-{platform.release()}"): Path.read_bytes,
+    }
+    for path, read in readers.items():
+        with contextlib.suppress(OSError, EOFError):
+            lines = read(path).decode("ascii", "replace").splitlines()
+            value = next((line.partition("=")[2] for line in lines if line.startswith(name + "=")), "n")
+            return value if value in ("y", "m") else "n"
+    return ""
+
+
+def _overlay() -> Finding:
+    how = _has_file_system("overlay")
+    advice = "" if how else "needs a kernel with CONFIG_OVERLAY_FS; modprobe overlay if it is a module"
+    return Finding("overlayfs", bool(how), "a writable layer above a mount", how or "the kernel has none", advice)
+
+
+def _tool(name: str, purpose: str) -> Finding:
+    found = shutil.which(name)
+    return Finding(name, found is not None, purpose, found or "not there", "" if found else f"optional: install {name}")
