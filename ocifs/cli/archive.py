@@ -121,9 +121,8 @@ def header(member: Member, sparse: Sequence[tuple[int, int]] | None = None) -> b
     if nanoseconds or seconds > _MAX_11:
         records.append((b"mtime", b"%d.%09d" % (seconds, nanoseconds) if nanoseconds else b"%d" % seconds))
     records += [(b"SCHILY.xattr." + name, value) for name, value in member.xattrs]
-    block = _block(
-        path, typeflag, mode=member.mode & 0o7777, owner=(member.uid, member.gid), size=size, seconds=seconds, link=link, rdev=member.rdev
-    )
+    owner, mode = (member.uid, member.gid), member.mode & 0o7777
+    block = _block(path, typeflag, mode=mode, owner=owner, size=size, seconds=seconds, link=link, rdev=member.rdev)
     return _pax_header(records, path, seconds) + block + sparse_map
 
 
@@ -159,7 +158,7 @@ def _is_utf8(value: bytes) -> bool:
 
 
 def _record(key: bytes, value: bytes) -> bytes:
-    """``LENGTH KEY=VALUE\\n``, where LENGTH counts its own digits too."""
+    r"""``LENGTH KEY=VALUE\n``, where LENGTH counts its own digits too."""
     rest = len(key) + len(value) + 3
     length = rest + len(str(rest))
     if len(str(length)) > len(str(rest)):
@@ -172,7 +171,7 @@ def _octal(value: int, digits: int) -> bytes:
     return b"%0*o\0" % (digits, value if value < 8**digits else 0)
 
 
-def _block(  # noqa: PLR0913 (the fields of the block)
+def _block(
     name: bytes,
     typeflag: bytes,
     *,

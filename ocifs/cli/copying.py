@@ -69,7 +69,9 @@ def _destination(dest: str, source: bytes) -> tuple[bytes, bytes]:
     if os.path.isdir(target):
         if last in (b"", b".", b".."):
             shown = os.fsdecode(target)
-            raise UsageError(f"{shown} exists, and {output.decode(source)} has no name to have in it: name one that is new")
+            raise UsageError(
+                f"{shown} exists, and {output.decode(source)} has no name to have in it: name one that is new"
+            )
         return target, last
     head, name = os.path.split(target.rstrip(b"/"))
     return head or b".", check_name(name)

@@ -237,12 +237,19 @@ def _index_json(layer: OpenLayer) -> dict[str, Any]:
         "entries": index.entry_count,
         "spans": len(index.spans),
         "warnings": [
-            {"rule": notice.rule, "path": output.decode(notice.path), "layer_offset": notice.layer_offset, "message": notice.message}
+            {
+                "rule": notice.rule,
+                "path": output.decode(notice.path),
+                "layer_offset": notice.layer_offset,
+                "message": notice.message,
+            }
             for notice in index.notices
         ],
         "damage": None if index.damage is None else index.damage.message,
         "mismatches": [mismatch.message for mismatch in index.mismatches],
-        "trailing": None if index.trailing is None else {"layer_offset": index.trailing.layer_offset, "size": index.trailing.size},
+        "trailing": None
+        if index.trailing is None
+        else {"layer_offset": index.trailing.layer_offset, "size": index.trailing.size},
     }
 
 
@@ -379,22 +386,21 @@ class _Witness:
         "ocifs index --examine evidence.tar",
     )
 )
-@click.argument("refs", metavar="REF…", nargs=-1, required=True, type=opt.Ref())
+@opt.refs_argument
 @opt.tree_options
 def index(choice: Choice, refs: tuple[str, ...]) -> None:
     """Index images now, so that mounting and listing them later takes no time. Prints what was done for each layer."""
     rows: list[tuple[str, ...]] = []
     for ref in refs:
         rows += _indexed(choice, ref)
-    output.print_table(
-        ("IMAGE", "LAYER", "INDEX", "STORED", "TAR", "RATIO", "ENTRIES", "SPANS", "SECONDS"), rows, right=(1, 3, 4, 5, 6, 7, 8)
-    )
+    header = ("IMAGE", "LAYER", "INDEX", "STORED", "TAR", "RATIO", "ENTRIES", "SPANS", "SECONDS")
+    output.print_table(header, rows, right=(1, 3, 4, 5, 6, 7, 8))
 
 
 def _indexed(choice: Choice, ref: str) -> list[tuple[str, ...]]:
     from ocifs.image import open_image  # noqa: PLC0415
 
-    rows = []
+    rows: list[tuple[str, ...]] = []
     with opt.opened_store(choice) as store, opt.new_progress() as progress:
         witness = _Witness(progress)
         started = time.monotonic()

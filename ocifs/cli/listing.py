@@ -175,9 +175,13 @@ def _print_long(view: RootFS, entries: Sequence[_Listed], manner: _Manner) -> No
     if major:
         sizes = max(sizes, major + len(", ") + minor)
     links, uids, gids = (
-        max((len(str(value)) for value in values), default=0)
-        for values in zip(*((found.nlink, found.uid, found.gid) for found in inodes), strict=True)
-    ) if inodes else (0, 0, 0)
+        (
+            max((len(str(value)) for value in values), default=0)
+            for values in zip(*((found.nlink, found.uid, found.gid) for found in inodes), strict=True)
+        )
+        if inodes
+        else (0, 0, 0)
+    )
     for entry, found in zip(entries, inodes, strict=True):
         if found.kind in _DEVICES:
             # GNU ls gives the major number what the widest column leaves.
@@ -218,7 +222,7 @@ def _long_name(view: RootFS, entry: _Listed, found: Inode, manner: _Manner) -> s
 @opt.ref_argument
 @click.argument("paths", metavar="[PATH…]", nargs=-1)
 @opt.tree_options
-def ls(  # noqa: PLR0913 (options of ls)
+def ls(
     choice: Choice,
     ref: str,
     paths: tuple[str, ...],
@@ -294,7 +298,7 @@ def _ls_json(
                 output.print_json(entry_json(view, entry.path, entry.ino))
 
 
-def _ls_text(  # noqa: PLR0913
+def _ls_text(
     view: RootFS,
     single: Sequence[_Listed],
     directories: Sequence[_Listed],
@@ -307,8 +311,10 @@ def _ls_text(  # noqa: PLR0913
     _print_entries(view, single, manner)
     first = not single
     for place in directories:
-        listed = walk(view, place.ino, place.path, dots=dots) if recursive else iter(
-            [(place.path, children(view, place.ino, place.path, dots=dots))]
+        listed = (
+            walk(view, place.ino, place.path, dots=dots)
+            if recursive
+            else iter([(place.path, children(view, place.ino, place.path, dots=dots))])
         )
         for where, entries in listed:
             if headed or recursive:

@@ -116,7 +116,8 @@ def _package(name: str, purpose: str, *, needed: bool) -> Finding:
     try:
         import_module(name)
     except ImportError as error:
-        extra = "'ocifs-mount[fuse]', after the packages fuse3, libfuse3-dev, pkg-config and gcc" if name == "pyfuse3" else name
+        what = "'ocifs-mount[fuse]', after the packages fuse3, libfuse3-dev, pkg-config and gcc"
+        extra = what if name == "pyfuse3" else name
         return Finding(name, False, purpose, str(error), f"pip install {extra}", needed)  # noqa: FBT003
     try:
         found = version(name)
@@ -126,12 +127,14 @@ def _package(name: str, purpose: str, *, needed: bool) -> Finding:
 
 
 def _cache(choice: Choice) -> Finding:
+    from ocifs.store import Kind  # noqa: PLC0415
+
     name, purpose = "cache", "keeping indexes"
     try:
         with opt.opened_store(choice) as store:
             size = sum(entry.size for entry in store.entries())
             path = store.path
-            with store.new(next(iter(_kinds()))) as new:
+            with store.new(Kind.LAYER) as new:
                 new.file.write(b"written, and removed again")
     except OcifsError as error:
         return Finding(name, False, purpose, "unusable", str(error), needed=True)  # noqa: FBT003
@@ -139,12 +142,6 @@ def _cache(choice: Choice) -> Finding:
     free = output.human_size(disk.f_bavail * disk.f_frsize)
     detail = f"{path} ({_file_system(path)}), {output.human_size(size)} used, {free} free"
     return Finding(name, True, purpose, detail, needed=True)  # noqa: FBT003
-
-
-def _kinds() -> Iterator[object]:
-    from ocifs.store import Kind  # noqa: PLC0415
-
-    return iter(Kind)
 
 
 def _file_system(path: Path) -> str:

@@ -27,15 +27,10 @@ if TYPE_CHECKING:
 _DRIVERS: Final = ("auto", "fuse")
 
 
-class _Mountpoint(click.ParamType):
-    """A directory that something of ocifs is mounted on, for completion."""
+def _complete_mountpoint(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    from ocifs.cli.shell import complete_mountpoint  # noqa: PLC0415 (only a shell asks)
 
-    name = "dir"
-
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:  # noqa: ARG002
-        from ocifs.cli.shell import complete_mountpoint  # noqa: PLC0415 (only a shell asks)
-
-        return complete_mountpoint(incomplete)
+    return complete_mountpoint(incomplete)
 
 
 @click.command(
@@ -52,7 +47,7 @@ class _Mountpoint(click.ParamType):
 @opt.ref_argument
 @click.argument("directory", metavar="DIR", type=click.Path(file_okay=False))
 @opt.data_options
-def mount(  # noqa: PLR0913 (options of mount)
+def mount(
     choice: Choice, ref: str, directory: str, *, driver: str, foreground: bool, fuse_words: tuple[str, ...]
 ) -> None:
     """Mount an image's file system on a directory, read-only, and return when it answers.
@@ -74,7 +69,8 @@ def mount(  # noqa: PLR0913 (options of mount)
     with contextlib.ExitStack() as undo:
         undo.callback(claim.release)
         with opt.opened_store(choice) as store, opt.opened_image(choice, ref, store=store) as image:
-            from ocifs.rootfs import SpanCache, view  # noqa: PLC0415
+            from ocifs.rootfs import view  # noqa: PLC0415
+            from ocifs.spans import SpanCache  # noqa: PLC0415
 
             record = daemon.Record(
                 mountpoint=str(mountpoint),
@@ -95,7 +91,7 @@ def mount(  # noqa: PLR0913 (options of mount)
 
 @click.command(epilog=opt.examples("ocifs umount /mnt", "ocifs umount --lazy /mnt/a /mnt/b"))
 @click.option("-l", "--lazy", is_flag=True, help="Take it out of sight now, even if it is in use; do not wait.")
-@click.argument("directories", metavar="DIR…", nargs=-1, required=True, type=_Mountpoint())
+@click.argument("directories", metavar="DIR…", nargs=-1, required=True, shell_complete=_complete_mountpoint)
 @opt.cache_options
 def umount(choice: Choice, directories: tuple[str, ...], *, lazy: bool) -> None:  # noqa: ARG001 (-v is in it)
     """Unmount what ocifs mounted, and return when its daemon is gone. Cleans up after a daemon that was killed."""

@@ -85,7 +85,7 @@ class Choice:
 
     def cache_bytes(self) -> int:
         """Bytes of decoded data to keep in memory."""
-        from ocifs.rootfs import DEFAULT_CACHE  # noqa: PLC0415
+        from ocifs.spans import DEFAULT_CACHE  # noqa: PLC0415
 
         return DEFAULT_CACHE if self.cache_memory is None else parse_size(self.cache_memory, "--cache-memory")
 
@@ -108,8 +108,7 @@ _CACHE: Final = (
         metavar="DIR",
         envvar="OCIFS_CACHE_DIR",
         type=click.Path(),
-        help="Where indexes are kept.  [env: OCIFS_CACHE_DIR; default: /var/cache/ocifs for root, else below "
-        "~/.cache]",
+        help="Where indexes are kept.  [env: OCIFS_CACHE_DIR; default: /var/cache/ocifs for root, else below ~/.cache]",
     ),
     click.option("-v", "--verbose", count=True, callback=_be_verbose, help="Say more; twice: even more."),
 )
@@ -199,21 +198,20 @@ def parse_size(text: str, option: str) -> int:
     return int(size)
 
 
-class Ref(click.ParamType):
-    """A reference to an image, for completion: schemes, files, tags of a layout."""
+def _complete_ref(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    from ocifs.cli.shell import complete_reference  # noqa: PLC0415 (only a shell asks)
 
-    name = "ref"
-
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:  # noqa: ARG002
-        """Offer what a reference can go on with."""
-        from ocifs.cli.shell import complete_reference  # noqa: PLC0415 (only a shell asks)
-
-        return complete_reference(incomplete)
+    return complete_reference(incomplete)
 
 
 def ref_argument(function: _F) -> _F:
     """Declare the argument REF."""
-    return click.argument("ref", metavar="REF", type=Ref())(function)
+    return click.argument("ref", metavar="REF", shell_complete=_complete_ref)(function)
+
+
+def refs_argument(function: _F) -> _F:
+    """Declare the argument REF…, at least one."""
+    return click.argument("refs", metavar="REF…", nargs=-1, required=True, shell_complete=_complete_ref)(function)
 
 
 # -- opening -------------------------------------------------------------------------------------------------------
@@ -249,7 +247,8 @@ def opened_image(choice: Choice, ref: str, *, store: Store | None = None) -> Ite
 @contextlib.contextmanager
 def opened_view(choice: Choice, ref: str) -> Iterator[tuple[Image, RootFS]]:
     """The image and the view of it that paths are looked up in."""
-    from ocifs.rootfs import SpanCache, view  # noqa: PLC0415
+    from ocifs.rootfs import view  # noqa: PLC0415
+    from ocifs.spans import SpanCache  # noqa: PLC0415
 
     cache = SpanCache(choice.cache_bytes())
     with opened_image(choice, ref) as image:

@@ -1,8 +1,8 @@
-"""What a person or a program reads: standard output, standard error, and how values look on them.
+r"""What a person or a program reads: standard output, standard error, and how values look on them.
 
 Standard output is bytes. On a terminal a name's control characters and undecodable bytes are escaped, because an image's
 names are somebody else's words; in a pipe they come out as they are. JSON is pure ASCII: undecodable bytes are lone
-surrogates (``\\udcXX``, as surrogateescape has it), so every name survives a round trip.
+surrogates (``\udcXX``, as surrogateescape has it), so every name survives a round trip.
 
 Not here: what is printed (the commands).
 """

@@ -100,8 +100,9 @@ def _write_file(view: RootFS, path: bytes) -> None:
 @click.argument("which", metavar="manifest|config|N|DIGEST")
 @opt.layer_options
 def blob(choice: Choice, ref: str, which: str) -> None:
-    """Write what an image is made of to standard output, as it is stored: its manifest, its configuration, layer N, or
-    the blob with a digest that its manifest names. Works for artifacts too.
+    """Write what an image is made of to standard output, as it is stored.
+
+    That is its manifest, its configuration, layer N, or the blob with a digest that its manifest names; of artifacts too.
 
     Manifest and configuration are checked against their digests. A layer's or artifact's bytes are checked while they are
     written: a wrong digest shows in the exit status, 4, after the last byte.

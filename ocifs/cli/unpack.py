@@ -246,7 +246,14 @@ class Unpacker:
             try:
                 os.setxattr(where, name, value, follow_symlinks=isinstance(where, int))
             except OSError as error:
-                if error.errno not in (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.E2BIG, errno.ENOSPC, errno.ERANGE):
+                if error.errno not in (
+                    errno.EPERM,
+                    errno.EACCES,
+                    errno.ENOTSUP,
+                    errno.E2BIG,
+                    errno.ENOSPC,
+                    errno.ERANGE,
+                ):
                     raise
                 self.lost_xattrs += 1
 
