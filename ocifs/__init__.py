@@ -12,6 +12,7 @@ index      ``layer_index`` ``image_tree``                        the two files w
 merge      ``overlay``                                           every whiteout rule, and nothing else
 bytes      ``sources`` ``store``                                 foreign blobs, read-only; our own cache
 image      ``image`` ``layer_data``                              joins reference, source, indexes and tree
+spans      ``spans``                                             decoded data: cached, shared, decoded ahead
 view       ``rootfs``                                            lookup, attributes, reading by path or inode
 uses       ``fuse`` ``kernel``                                   FUSE protocol adapter; EROFS mounted by the kernel
 process    ``daemon`` ``cli``                                    mount life cycle; commands

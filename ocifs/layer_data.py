@@ -1,7 +1,7 @@
 """The uncompressed bytes of one layer by random access, span by span.
 
 Joins a layer index (where the spans are) with the blob they lie in. Stateless but for its open files: what is worth
-keeping is kept by `ocifs.rootfs`, which bounds it over all layers. Safe to call from several threads at once.
+keeping is kept by `ocifs.spans`, which bounds it over all layers. Safe to call from several threads at once.
 """
 
 from __future__ import annotations
@@ -60,9 +60,12 @@ class LayerData:
             layer_offset = end
             number += 1
 
-    def decode(self, span: int) -> bytes | memoryview:
-        """Read, verify and inflate one span; blocking. Raises `DamagedError` naming blob, span and offset."""
-        return self.index.decode(span, self._stored.read_at)
+    def decode(self, span: int, need: int | None = None) -> bytes | memoryview:
+        """Read, verify and inflate one span, or its first ``need`` bytes; blocking.
+
+        Raises `DamagedError` naming blob, span and offset.
+        """
+        return self.index.decode(span, self._stored.read_at, need)
 
     def close(self) -> None:
         """Close the index and the blob."""

@@ -118,8 +118,8 @@ def test_the_table_is_read() -> None:
         "tar": 1,
         "overlay": 4,
         "sources": 5,
-        "rootfs": 7,
-        "cli": 9,
+        "rootfs": 8,
+        "cli": 10,
     }
 
 
