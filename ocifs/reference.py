@@ -58,6 +58,7 @@ class Selector(msgspec.Struct, frozen=True):
     """Of a manifest or index; in a docker-archive, of the configuration (the image ID)."""
 
     def __str__(self) -> str:
+        """Give what stands behind the path's colon."""
         name = "" if self.name is None else self.name
         number = "" if self.number is None else f"@{self.number}"
         digest = "" if self.digest is None else f"@{self.digest}"

@@ -106,6 +106,7 @@ class _Hash(msgspec.Struct, frozen=True, gc=False):
     hex: str
 
     def __str__(self) -> str:
+        """Give ``algorithm:encoded``."""
         return f"{self.algorithm}:{self.hex}"
 
     @classmethod
@@ -193,7 +194,9 @@ class Platform(msgspec.Struct, frozen=True):
     os_features: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return "/".join(word for word in (self.os or "unknown", self.architecture or "unknown", self.variant) if word)
+        """Give ``os/arch[/variant]``, fit for a message."""
+        words = (self.os or "unknown", self.architecture or "unknown", self.variant)
+        return printable("/".join(word for word in words if word))
 
     @classmethod
     def parse(cls, text: str) -> Platform:
@@ -299,12 +302,13 @@ class Descriptor(msgspec.Struct, frozen=True):
         """Say why a layer with this descriptor cannot be part of a root file system; None if it can be."""
         if self.is_encrypted:
             return UnsupportedError(
-                f"layer {self.digest} is encrypted ({self.media_type}): decrypt the image first, "
+                f"layer {self.digest} is encrypted ({printable(self.media_type)}): decrypt the image first, "
                 "for example with skopeo copy --decryption-key"
             )
         if self.is_foreign:
-            urls = f"its content is at {', '.join(self.urls[:3])}" if self.urls else "its content is kept elsewhere"
-            return UnsupportedError(f"layer {self.digest} is a foreign layer ({self.media_type}): {urls}")
+            urls = printable(", ".join(self.urls[:3]))
+            where = f"its content is at {urls}" if urls else "its content is kept elsewhere"
+            return UnsupportedError(f"layer {self.digest} is a foreign layer ({printable(self.media_type)}): {where}")
         return None
 
 
@@ -388,12 +392,12 @@ def artifact_kind(manifest: Manifest) -> str | None:
     if any(layer.startswith("application/vnd.in-toto") for layer in layers):
         return "an in-toto attestation"
     if manifest.artifact_type and manifest.artifact_type not in _IMAGE_CONFIG_TYPES:
-        return f"an artifact of type {manifest.artifact_type}"
+        return f"an artifact of type {printable(manifest.artifact_type)}"
     if manifest.config.media_type not in _IMAGE_CONFIG_TYPES:
-        return f"an artifact with a configuration of type {manifest.config.media_type}"
+        return f"an artifact with a configuration of type {printable(manifest.config.media_type)}"
     for number, layer in enumerate(layers, 1):
         if layer and not _TAR_LAYER.fullmatch(layer):
-            return f"an artifact whose layer {number} is of type {layer}"
+            return f"an artifact whose layer {number} is of type {printable(layer)}"
     return None
 
 
@@ -561,7 +565,8 @@ def _is_index(document: _RawDocument, told: str, own: str) -> bool:
         return is_index
     for media_type in (own, told):
         if media_type and media_type not in {"application/json", "text/plain", "application/octet-stream"}:
-            raise UnsupportedError(f"the document is of type {media_type}, which is neither an image nor an index")
+            kind = printable(media_type)
+            raise UnsupportedError(f"the document is of type {kind}, which is neither an image nor an index")
     if has_manifests or has_layers:
         return has_manifests
     raise DamagedError("the document is neither a manifest nor an index: it has no config, layers or manifests")
@@ -616,9 +621,9 @@ def _decode(decoder: msgspec.json.Decoder[_T], raw: bytes, what: str) -> _T:
     except RecursionError:
         raise DamagedError(f"the {what} is nested too deeply") from None
     except msgspec.ValidationError as error:
-        raise DamagedError(f"the {what} is not as specified: {_one_line(str(error))}") from None
+        raise DamagedError(f"the {what} is not as specified: {printable(str(error))}") from None
     except (msgspec.MsgspecError, UnicodeError, ValueError) as error:
-        raise DamagedError(f"the {what} is not JSON: {_one_line(str(error))}") from None
+        raise DamagedError(f"the {what} is not JSON: {printable(str(error))}") from None
 
 
 def _digest(cls: type[_D], text: str, what: str) -> _D:
@@ -633,9 +638,15 @@ def _words(value: list[str] | str | None) -> tuple[str, ...] | None:
     return (value,) if isinstance(value, str) else None if value is None else tuple(value)
 
 
+_MAX_SHOWN: Final = 200
+"""Characters of a foreign text that a message repeats: enough to recognise it."""
+
+
+def printable(text: str) -> str:
+    """Give a text out of a document for a message: short, on one line, nothing in it that a terminal would obey."""
+    short = text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "…"
+    return short if short.isprintable() else ascii(short)[1:-1]
+
+
 def _quoted(text: str) -> str:
-    return repr(text if len(text) <= 100 else text[:100] + "…")  # noqa: PLR2004 — enough to recognise it in a message
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())[:200]
+    return f"'{printable(text)}'"

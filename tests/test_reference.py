@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given
@@ -12,6 +13,9 @@ from ocifs.errors import NotFoundError, OcifsError, UsageError
 from ocifs.reference import Reference, Scheme, Selector, parse
 from ocifs.spec import Digest
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 HEX = "a" * 64
 DIGEST = Digest("sha256", HEX)
 
@@ -20,7 +24,7 @@ def nothing(_path: bytes) -> bool:
     return False
 
 
-def only(*paths: bytes):  # noqa: ANN201
+def only(*paths: bytes) -> Callable[[bytes], bool]:
     return lambda path: path in paths
 
 
@@ -122,7 +126,7 @@ def test_c5_a_digest_of_an_unknown_algorithm_is_a_digest() -> None:
     ),
     st.booleans(),
 )
-def test_any_text_is_a_reference_or_an_ocifs_error(text: str, there: bool) -> None:  # noqa: FBT001
+def test_any_text_is_a_reference_or_an_ocifs_error(text: str, there: bool) -> None:
     try:
         parsed = parse(text, exists=lambda _: there)
     except OcifsError as error:

@@ -12,7 +12,7 @@ import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
@@ -31,9 +31,6 @@ from tests.support.layout import (
     write_docker_archive,
     write_tar,
 )
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 AMD64 = Platform("linux", "amd64")
 LAYERS = [b"first layer ".ljust(3000, b"1"), b"second layer ".ljust(70_000, b"2"), b"third ".ljust(512, b"3")]
@@ -161,6 +158,10 @@ def stored(form: Form, image: Image, number: int) -> bytes:
     return image.tars[number - 1] if plain else image.layers[number - 1]
 
 
+def open_files() -> list[str]:
+    return sorted(path.name for path in Path("/proc/self/fd").iterdir())
+
+
 def snapshot(directory: Path) -> list[tuple[str, int, int, int]]:
     """Everything that a writer would change."""
     found = []
@@ -253,13 +254,13 @@ def test_nothing_is_written(form: Form, tmp_path: Path) -> None:
 
 def test_no_file_stays_open(form: Form, tmp_path: Path) -> None:
     form.write(tmp_path, make_image(LAYERS))
-    before = sorted(os.listdir("/proc/self/fd"))
+    before = open_files()
     source, selector = form.open(tmp_path)
     blobs = [layer.open() for layer in source.resolve(selector, AMD64).layers]
     source.close()
     for blob in blobs:
         blob.close()
-    assert sorted(os.listdir("/proc/self/fd")) == before
+    assert open_files() == before
 
 
 def test_a_digest_selects(form: Form, tmp_path: Path) -> None:
@@ -279,7 +280,7 @@ def test_a_number_selects(form: Form, tmp_path: Path) -> None:
     source, _ = form.open(tmp_path)
     with closing(source):
         assert len(source.resolve(Selector(number=0), AMD64).layers) == 3
-        with pytest.raises(NotFoundError, match="no (manifest|image) @1: it has 1"):
+        with pytest.raises(NotFoundError, match=r"no (manifest|image) @1: it has 1"):
             source.resolve(Selector(number=1), AMD64)
 
 

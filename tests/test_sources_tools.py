@@ -176,7 +176,7 @@ def test_several_tags_and_images_by_skopeo_are_chosen_by_name(original: Path, tm
         resolve(f"oci:{tmp_path}/two")
     for name in ("app:a", "app:b", "docker.io/library/app:b"):
         assert diff_ids(resolve(f"{archive}:{name}")) == EXPECTED
-    with pytest.raises(NotFoundError, match="it has docker.io/library/app:a, docker.io/library/app:b"):
+    with pytest.raises(NotFoundError, match=r"it has docker.io/library/app:a, docker.io/library/app:b"):
         resolve(f"{archive}:app:c")
 
 
@@ -288,10 +288,10 @@ def test_containerds_store_is_read_after_it_has_stopped(original: Path, tmp_path
         assert len(listed) == 301
     assert diff_ids(resolve("containerd:example.org/app:v1", root, "k8s.io")) == EXPECTED
     with pytest.raises(
-        NotFoundError, match="has no image 'example.org/app:v1': it has example.org/base:v1, .*281 more"
+        NotFoundError, match=r"has no image 'example.org/app:v1': it has example.org/base:v1, .*281 more"
     ):
         resolve("containerd:example.org/app:v1", root)
-    with pytest.raises(NotFoundError, match="no namespace 'moby': it has default, k8s.io"):
+    with pytest.raises(NotFoundError, match=r"no namespace 'moby': it has default, k8s.io"):
         resolve("containerd:x", root, "moby")
     assert sorted((path, path.lstat().st_mtime_ns) for path in root.rglob("*")) == before
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from typing import Any
 
 import pytest
@@ -54,7 +55,8 @@ def test_a_digest_is_computed_and_checked() -> None:
 
 
 def test_a_digest_is_never_a_diff_id() -> None:
-    assert Digest("sha256", HEX) != DiffID("sha256", HEX)
+    values: set[object] = {Digest("sha256", HEX), DiffID("sha256", HEX)}
+    assert len(values) == 2
 
 
 @pytest.mark.parametrize(
@@ -253,7 +255,7 @@ def test_a_document_that_makes_no_sense_is_damaged(document: object, told: str |
 
 
 def test_other_documents_are_unsupported_and_named() -> None:
-    with pytest.raises(UnsupportedError, match="vnd.oci.artifact.manifest"):
+    with pytest.raises(UnsupportedError, match=r"vnd.oci.artifact.manifest"):
         parse_document(dump({"mediaType": MediaType.OCI_ARTIFACT, "blobs": []}))
 
 
@@ -271,7 +273,7 @@ def test_other_documents_are_unsupported_and_named() -> None:
     ],
 )
 @pytest.mark.parametrize("parse", [parse_document, parse_config])
-def test_what_is_no_json_is_damaged(raw: bytes, parse: Any) -> None:  # noqa: ANN401
+def test_what_is_no_json_is_damaged(raw: bytes, parse: Any) -> None:
     with pytest.raises(DamagedError):
         parse(raw)
 
@@ -323,11 +325,8 @@ def test_c6_embedded_data_is_base64() -> None:
 def test_encrypted_and_foreign_layers_are_named(media_type: str, urls: tuple[str, ...], words: str | None) -> None:
     layer = Descriptor(media_type, Digest("sha256", HEX), 1, urls=urls)
     problem = layer.layer_problem()
-    if words is None:
-        assert problem is None
-    else:
-        with pytest.raises(UnsupportedError, match=words):
-            raise problem  # type: ignore[misc]
+    assert (problem is None) == (words is None)
+    assert words is None or re.search(words, str(problem))
     assert artifact_kind(Manifest("", Descriptor(MediaType.OCI_CONFIG, Digest("sha256", HEX), 1), (layer,))) is None
 
 
@@ -441,10 +440,11 @@ def test_c8_rootfs_must_be_layers_of_the_right_number() -> None:
 
 # --- fuzzing: never any exception but an OcifsError -------------------------------------------------------------------
 
-_KEYS = (
+_WORDS = (
     "schemaVersion mediaType config layers manifests annotations digest size data platform urls os architecture "
     "rootfs diff_ids type history Env Entrypoint Labels fsLayers subject artifactType empty_layer Volumes"
-).split()
+)
+_KEYS = _WORDS.split()
 _LEAVES = st.one_of(
     st.none(),
     st.booleans(),
@@ -472,13 +472,13 @@ def try_everything(raw: bytes, told: str | None) -> None:
             descriptor.layer_problem()
             descriptor.embedded()
     except OcifsError as error:
-        assert "\n" not in str(error)  # noqa: PT017 — both outcomes are fine
+        assert "\n" not in str(error)
     try:
         config = parse_config(raw)
         config.platform.rank_for(Platform("linux", "amd64"))
         config.rootfs_problem(1)
     except OcifsError as error:
-        assert "\n" not in str(error)  # noqa: PT017
+        assert "\n" not in str(error)
 
 
 @given(_JSON, st.sampled_from([None, "", "x", *MediaType]))

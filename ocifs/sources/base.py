@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import msgspec
 
+from ocifs.spec import printable
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -106,7 +108,8 @@ class Offered(msgspec.Struct, frozen=True):
     artifact_type: str = ""
 
     def __str__(self) -> str:
-        words = [", ".join(self.names) or f":@{self.number}"]
+        """Give name or number, platform and digest, for a message."""
+        words = [printable(", ".join(self.names)) or f":@{self.number}"]
         if self.platform is not None:
             words.append(str(self.platform))
         if self.digest is not None:

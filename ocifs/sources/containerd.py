@@ -15,13 +15,14 @@ Not here: the database's format (`ocifs.sources.bbolt`), snapshots.
 from __future__ import annotations
 
 import os
+from contextlib import closing
 from typing import TYPE_CHECKING, Final
 
 from ocifs.errors import BusyError, DamagedError, NotFoundError, OcifsError, UnsupportedError
 from ocifs.reference import Selector
 from ocifs.sources.bbolt import Bucket, Database
 from ocifs.sources.blob import FileBlob, os_problem, shown
-from ocifs.sources.folder import DirectoryFolder
+from ocifs.sources.folder import DirectoryFolder, absolute
 from ocifs.sources.names import same_name
 from ocifs.sources.resolve import Resolver, Top, listed, offered, read_document, within
 from ocifs.spec import MAX_DOCUMENT_SIZE, Descriptor, Digest, Index, Manifest, Platform, parse_document
@@ -42,7 +43,7 @@ class ContainerdSource:
 
     def __init__(self, root: bytes, namespace: str) -> None:
         """Read the store below ``root``."""
-        root = os.path.abspath(root)
+        root = absolute(root)
         self._blobs = os.path.join(root, CONTENT, b"blobs")
         self._folder = DirectoryFolder(self._blobs)
         self.description = f"containerd's namespace {namespace} in {shown(root)}"
@@ -86,11 +87,10 @@ class ContainerdSource:
         return digests
 
     def _sniff(self, digest: Digest) -> Manifest | Index | None:
-        blob = self.open_digest(digest)
-        if blob.size > MAX_DOCUMENT_SIZE or not blob.read_at(0, 64).lstrip().startswith(b"{"):
-            blob.close()
-            return None
-        return parse_document(read_document(blob, str(digest)))
+        with closing(self.open_digest(digest)) as blob:
+            if blob.size > MAX_DOCUMENT_SIZE or not blob.read_at(0, 64).lstrip().startswith(b"{"):
+                return None
+            return parse_document(read_document(blob, str(digest)))
 
     def size_of(self, digest: Digest) -> int:
         """See `BlobStore.size_of`."""
@@ -205,7 +205,7 @@ def _signed_varint(data: bytes) -> int:
     value = 0
     for position, byte in enumerate(data[:_VARINT_SIZE]):
         value |= (byte & 0x7F) << (7 * position)
-        if byte < 0x80:  # noqa: PLR2004 — the bit that says that more follows
+        if byte < 0x80:
             number = value >> 1
             if not value & 1 and number < 2**63:
                 return number

@@ -58,8 +58,10 @@ class DockerArchiveSource:
                 f"{self.description} has no manifest.json: it is of the form before Docker 1.10 (2016); "
                 "load it into Docker and save it again"
             )
-        with within(self.description):
-            self._manifest_raw = read_document(folder.open(MANIFEST_FILE), "manifest.json")
+        with within("docker-archive"):
+            blob = folder.open(MANIFEST_FILE)
+        with within(blob.name):
+            self._manifest_raw = read_document(blob, "the document")
             self._images = _parse_manifest(self._manifest_raw)
 
     def names(self) -> tuple[Offered, ...]:
@@ -80,21 +82,22 @@ class DockerArchiveSource:
         return Offered(image.number, image.names, digest, MediaType.DOCKER_CONFIG, size, platform)
 
     def _read_config(self, image: _Saved) -> bytes:
-        return read_document(self._folder.open(image.config), f"configuration {shown(image.config)}")
+        with within("configuration"):
+            blob = self._folder.open(image.config)
+            return read_document(blob, blob.name)
 
     def resolve(self, selector: Selector, platform: Platform | None = None, *, examine: bool = False) -> ResolvedImage:
         """See `Source.resolve`."""
         wanted = platform or Platform.host()
         image = self._choose(selector, wanted)
         warnings = Warnings(examine=examine)
-        with within(self.description):
-            raw = self._read_config(image)
-            digest = Digest.of(raw)
+        raw = self._read_config(image)
+        digest = Digest.of(raw)
+        config: ImageConfig | None = None
+        with within(f"{self.description}, configuration {shown(image.config)}"):
             self._check_name(image.config, digest, warnings)
-            config: ImageConfig | None = None
             try:
-                with within(f"configuration {shown(image.config)}"):
-                    config = parse_config(raw)
+                config = parse_config(raw)
             except DamagedError as error:
                 warnings.refuse("C4", error)
             if config is not None:
@@ -130,7 +133,7 @@ class DockerArchiveSource:
         match = _HEX_NAME.fullmatch(name)
         if match is None or match[1].decode() == digest.hex:
             return
-        error = DamagedError(f"configuration {shown(name)} has another digest, {digest}")
+        error = DamagedError(f"configuration {shown(name)} has another digest than its name, {digest}")
         if _BLOB_NAME.fullmatch(name):
             warnings.refuse("C4", error)
         else:
@@ -210,14 +213,14 @@ def _parse_manifest(raw: bytes) -> tuple[_Saved, ...]:
     try:
         document = msgspec.json.decode(raw)
     except (msgspec.MsgspecError, ValueError, RecursionError):
-        raise DamagedError("manifest.json is not JSON") from None
+        raise DamagedError("the document is not JSON") from None
     if not isinstance(document, list):
-        raise DamagedError("manifest.json is not a list of images")
+        raise DamagedError("the document is not a list of images")
     return tuple(_parse_image(number, entry) for number, entry in enumerate(document))
 
 
-def _parse_image(number: int, entry: Any) -> _Saved:  # noqa: ANN401 — JSON as it comes
-    where = f"manifest.json, image @{number}"
+def _parse_image(number: int, entry: Any) -> _Saved:
+    where = f"image @{number}"
     if not isinstance(entry, dict):
         raise DamagedError(f"{where} is not an object")
     fields = {key.lower(): value for key, value in entry.items()}
@@ -228,7 +231,7 @@ def _parse_image(number: int, entry: Any) -> _Saved:  # noqa: ANN401 — JSON as
     return _Saved(number, _member(fields.get("config"), f"{where}: Config"), tuple(names), tuple(layers))
 
 
-def _list_of(value: Any, where: str) -> list[Any]:  # noqa: ANN401 — JSON as it comes
+def _list_of(value: Any, where: str) -> list[Any]:
     if value is None:
         return []
     if not isinstance(value, list):
@@ -236,7 +239,7 @@ def _list_of(value: Any, where: str) -> list[Any]:  # noqa: ANN401 — JSON as i
     return value
 
 
-def _member(value: Any, where: str) -> bytes:  # noqa: ANN401 — JSON as it comes
+def _member(value: Any, where: str) -> bytes:
     """Give the member's name that a document gives as ``value``."""
     name = normal_name(value.encode(errors="replace")) if isinstance(value, str) else None
     if name is None:

@@ -12,7 +12,7 @@ import os
 from typing import TYPE_CHECKING, Protocol
 
 from ocifs.errors import DamagedError
-from ocifs.sources.blob import FileBlob, shown, stat_regular
+from ocifs.sources.blob import FileBlob, os_problem, shown, stat_regular
 
 if TYPE_CHECKING:
     from ocifs.sources.base import Blob
@@ -35,12 +35,20 @@ class Folder(Protocol):
         """Let go of what is held open; opened blobs stay usable."""
 
 
+def absolute(path: bytes) -> bytes:
+    """Give the path from the root, symbolic links as they are; NotFoundError if the working directory is gone."""
+    try:
+        return os.path.abspath(path)
+    except OSError as error:
+        raise os_problem(error, f"{shown(path)}, relative to the working directory") from None
+
+
 class DirectoryFolder:
     """A directory on disk."""
 
     def __init__(self, path: bytes) -> None:
         """Use the directory ``path``, which is made absolute: a daemon changes its working directory."""
-        self._path = os.path.abspath(path)
+        self._path = absolute(path)
         self.name = shown(self._path)
 
     def _join(self, name: bytes) -> bytes:

@@ -46,11 +46,11 @@ class LayoutSource:
         """Read the layout in ``folder``; ``kind`` is what to call it in messages: ``OCI layout``."""
         self._folder = folder
         self.description = f"{kind} {folder.name}"
-        with within(self.description):
+        with within(kind):
             self._check_version()
-            raw = read_document(folder.open(INDEX_FILE), "index.json")
-            with within("index.json"):
-                index = parse_document(raw, MediaType.OCI_INDEX)
+            blob = folder.open(INDEX_FILE)
+            with within(blob.name):
+                index = parse_document(read_document(blob, "the document"), MediaType.OCI_INDEX)
         if not isinstance(index, Index):
             raise DamagedError(f"{self.description}: index.json is a manifest, where an index belongs")
         self._tops = tuple(Top(descriptor_names(descriptor), descriptor) for descriptor in index.manifests)

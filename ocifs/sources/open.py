@@ -16,7 +16,7 @@ from ocifs.sources import containerd, docker_archive, layout, skopeo_dir
 from ocifs.sources.archive import ArchiveFolder
 from ocifs.sources.base import Blob
 from ocifs.sources.blob import FileBlob, os_problem, shown
-from ocifs.sources.folder import DirectoryFolder
+from ocifs.sources.folder import DirectoryFolder, absolute
 from ocifs.sources.resolve import within
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def open_source(
 
     ``open_archive`` gives random access to a compressed outer archive; without it such archives are unsupported.
     """
-    path = os.path.abspath(reference.path)
+    path = absolute(reference.path) if reference.path else b""
     match reference.scheme:
         case Scheme.OCI:
             return _open_layout(path)

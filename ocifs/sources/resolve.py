@@ -35,6 +35,7 @@ from ocifs.spec import (
     artifact_kind,
     parse_config,
     parse_document,
+    printable,
 )
 from ocifs.tree import Warned
 
@@ -97,7 +98,7 @@ def listed(words: Sequence[str]) -> str:
     """Put words into a message, not too many."""
     unique = list(dict.fromkeys(words))
     more = f" and {len(unique) - _MAX_LISTED} more" if len(unique) > _MAX_LISTED else ""
-    return ", ".join(unique[:_MAX_LISTED]) + more
+    return ", ".join(printable(word) for word in unique[:_MAX_LISTED]) + more
 
 
 @contextmanager
@@ -399,7 +400,7 @@ class Resolver:
 
     # -- the image ----------------------------------------------------------------------------------------------------
 
-    def _resolved(  # noqa: PLR0913, PLR0917 — the parts of one result
+    def _resolved(
         self,
         name: str | None,
         index: Index | None,

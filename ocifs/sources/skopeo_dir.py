@@ -31,10 +31,10 @@ class DirSource:
         """Read the image in ``folder``."""
         self._folder = folder
         self.description = f"directory {folder.name}"
-        with within(self.description):
-            self._raw = read_document(folder.open(MANIFEST_FILE), "manifest.json")
-            with within("manifest.json"):
-                document = parse_document(self._raw)
+        blob = folder.open(MANIFEST_FILE)
+        with within(blob.name):
+            self._raw = read_document(blob, "the document")
+            document = parse_document(self._raw)
         self._digest = Digest.of(self._raw)
         platform = None if isinstance(document, Index) else document.config.platform
         self._top = Top((), Descriptor(document.media_type, self._digest, len(self._raw), platform=platform))

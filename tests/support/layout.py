@@ -55,7 +55,7 @@ def compress(data: bytes, compression: str) -> bytes:
     return data
 
 
-def dump(document: Any) -> bytes:  # noqa: ANN401 — whatever JSON can say
+def dump(document: Any) -> bytes:
     """Write JSON bytes."""
     return json.dumps(document).encode()
 
@@ -89,7 +89,7 @@ class Image:
         """Digests of the stored layers."""
         return [str(layer["digest"]) for layer in self.manifest["layers"] or ()]
 
-    def descriptor(self, **extra: Any) -> Json:
+    def descriptor(self, **extra: object) -> Json:
         """Give a descriptor of the manifest, for an index."""
         return {
             "mediaType": self.manifest.get("mediaType", OCI_MANIFEST),
@@ -123,7 +123,8 @@ def make_image(
     """Build an image of ``layers`` (uncompressed tars, base first).
 
     ``config`` and ``manifest_extra`` are merged over the documents' top level; ``change_manifest`` and
-    ``change_config`` may edit the finished documents, before their digests are taken, so that a test can say any untruth about a layer.
+    ``change_config`` may edit the finished documents, before their digests are taken, so that a test can say any
+    untruth about a layer.
     """
     kinds = [compression] * len(layers) if isinstance(compression, str) else list(compression)
     stored = [compress(layer, kind) for layer, kind in zip(layers, kinds, strict=True)]
@@ -192,7 +193,7 @@ def add_to_layout(layout: Path, blobs: Iterable[bytes], entries: Sequence[Json])
     index_file.write_bytes(dump(index))
 
 
-def put_image(layout: Path, image: Image, *, tag: str | None = "latest", **descriptor: Any) -> None:  # noqa: ANN401 — JSON
+def put_image(layout: Path, image: Image, *, tag: str | None = "latest", **descriptor: Any) -> None:
     """Add an image to a layout under ``tag``; ``descriptor`` overrides fields of its entry in ``index.json``."""
     add_to_layout(layout, (), [])
     for digest, data in image.blobs.items():
@@ -245,7 +246,7 @@ def _tar_of(files: Iterable[tuple[str, bytes | tuple[bytes, str]]], compression:
                 info.size = len(content)
                 archive.addfile(info, io.BytesIO(content))
     if compression == "xz":
-        import lzma  # noqa: PLC0415 — one rare case
+        import lzma
 
         return lzma.compress(out.getvalue())
     return compress(out.getvalue(), compression)
@@ -269,7 +270,12 @@ def archive_directory(path: Path, directory: Path, *, compression: str = "plain"
 
 
 def write_oci_archive(
-    path: Path, layers: Sequence[bytes], *, outer: str = "plain", tag: str | None = "latest", **image: Any
+    path: Path,
+    layers: Sequence[bytes],
+    *,
+    outer: str = "plain",
+    tag: str | None = "latest",
+    **image: Any,
 ) -> Json:
     """Write an oci-archive; ``outer`` compresses the whole of it. Gives digests as `write_layout`."""
     layout = path.with_name(path.name + ".layout")
@@ -278,7 +284,7 @@ def write_oci_archive(
     return digests
 
 
-def write_docker_archive(  # noqa: PLR0913 — each a way in which writers differ
+def write_docker_archive(
     path: Path,
     images: Sequence[Image],
     *,
