@@ -212,8 +212,7 @@ class Database:
 
     def _read_page(self, number: int) -> bytes:
         page_size = self._meta.page_size
-        # 2 and above: 0 and 1 are meta pages.
-        if not 2 <= number < self._meta.page_count or (number + 1) * page_size > self._size:
+        if not 2 <= number < self._meta.page_count or (number + 1) * page_size > self._size:  # noqa: PLR2004 — 0 and 1 are meta pages
             raise DamagedError(f"page {number} is outside the database")
         offset = number * page_size
         page = self._read_at(offset, page_size)

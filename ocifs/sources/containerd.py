@@ -205,7 +205,7 @@ def _signed_varint(data: bytes) -> int:
     value = 0
     for position, byte in enumerate(data[:_VARINT_SIZE]):
         value |= (byte & 0x7F) << (7 * position)
-        if byte < 0x80:
+        if byte < 0x80:  # noqa: PLR2004 — the bit that says that more follows
             number = value >> 1
             if not value & 1 and number < 2**63:
                 return number

@@ -219,7 +219,7 @@ def _parse_manifest(raw: bytes) -> tuple[_Saved, ...]:
     return tuple(_parse_image(number, entry) for number, entry in enumerate(document))
 
 
-def _parse_image(number: int, entry: Any) -> _Saved:
+def _parse_image(number: int, entry: Any) -> _Saved:  # noqa: ANN401 — JSON as it comes
     where = f"image @{number}"
     if not isinstance(entry, dict):
         raise DamagedError(f"{where} is not an object")
@@ -231,7 +231,7 @@ def _parse_image(number: int, entry: Any) -> _Saved:
     return _Saved(number, _member(fields.get("config"), f"{where}: Config"), tuple(names), tuple(layers))
 
 
-def _list_of(value: Any, where: str) -> list[Any]:
+def _list_of(value: Any, where: str) -> list[Any]:  # noqa: ANN401 — JSON as it comes
     if value is None:
         return []
     if not isinstance(value, list):
@@ -239,7 +239,7 @@ def _list_of(value: Any, where: str) -> list[Any]:
     return value
 
 
-def _member(value: Any, where: str) -> bytes:
+def _member(value: Any, where: str) -> bytes:  # noqa: ANN401 — JSON as it comes
     """Give the member's name that a document gives as ``value``."""
     name = normal_name(value.encode(errors="replace")) if isinstance(value, str) else None
     if name is None:

@@ -400,7 +400,7 @@ class Resolver:
 
     # -- the image ----------------------------------------------------------------------------------------------------
 
-    def _resolved(
+    def _resolved(  # noqa: PLR0917 — the parts of one result
         self,
         name: str | None,
         index: Index | None,

@@ -246,7 +246,7 @@ def _tar_of(files: Iterable[tuple[str, bytes | tuple[bytes, str]]], compression:
                 info.size = len(content)
                 archive.addfile(info, io.BytesIO(content))
     if compression == "xz":
-        import lzma
+        import lzma  # noqa: PLC0415 — one rare case
 
         return lzma.compress(out.getvalue())
     return compress(out.getvalue(), compression)
