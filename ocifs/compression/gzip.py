@@ -171,16 +171,25 @@ def inflate_span(
 
 
 def check_last_span(
-    stored: bytes | memoryview, *, bit: int, window: bytes, size: int, at_header: bool, member_size: int | None
-) -> None:
+    stored: bytes | memoryview, *, bit: int, window: bytes, size: int, at_header: bool
+) -> int | None:
     """Check that the blob ends as gzip data must: after ``size`` bytes a trailer, empty members, and nothing else.
 
-    ``member_size`` is how much of the member that the span starts in lies before the span, None if that is unknown.
-    ``stored`` goes up to the blob's end. Raises `DamagedError` with the number of unexpected bytes (rule C3).
+    ``stored`` goes up to the blob's end. Raises `DamagedError`, for bytes behind the last member with their number
+    (rule C3). Gives None, or, for a member that begins before the span and ends in it, how many bytes it must have
+    before the span by its trailer, modulo 2**32: that is for the caller to check.
     """
-    span = _Span(memoryview(stored), bit, window, zlib.decompressobj, at_header=at_header, member_size=member_size)
+    span = _Span(memoryview(stored), bit, window, zlib.decompressobj, at_header=at_header)
     span.read(size)
     span.finish()
+    return span.before
+
+
+def member_tail(stored: bytes | memoryview, *, bit: int, window: bytes, size: int, at_header: bool) -> int | None:
+    """Give how many bytes of a span belong to the member that goes on behind it; None if all do, and more before."""
+    span = _Span(memoryview(stored), bit, window, isal_zlib.decompressobj, at_header=at_header)
+    span.read(size)
+    return span.tail()
 
 
 class _Span:
@@ -194,7 +203,6 @@ class _Span:
         inflate: Inflate,
         *,
         at_header: bool,
-        member_size: int | None = None,
     ) -> None:
         self._stored = stored
         self._inflate = inflate
@@ -204,8 +212,11 @@ class _Span:
         self._trailer_due = False
         """Whether a member's data has ended and its trailer comes next."""
         self._lead = b""
-        self._member_size = member_size
+        self._given = 0
+        self.member_size: int | None = None
         """Bytes that the current member has given, None if its start was not seen."""
+        self.before: int | None = None
+        """Bytes of the first member before the span, by its trailer, modulo 2**32; None if it began here."""
         if not at_header:
             self._inflater = inflate(wbits=-15, zdict=window) if window else inflate(wbits=-15)
             if bit and stored:
@@ -238,6 +249,21 @@ class _Span:
             if self._next(1):
                 raise DamagedError("the gzip data goes on behind its recorded end")
 
+    def tail(self) -> int | None:
+        """Give how much the member has given that is under way where the data ends, nothing of it coming from behind."""
+        while True:
+            size = self.member_size
+            if self._trailer_due:
+                self._end_member()
+            elif self._at == len(self._stored):
+                return 0 if self._inflater is None else size
+            elif self._inflater is None:
+                self._begin_member()
+            else:
+                self._next(1)  # may say that the member ends here; what else it gives belongs to the next span
+                if not self._trailer_due:
+                    return size
+
     def _next(self, limit: int) -> bytes:
         """Decode one step, at most ``limit`` bytes; empty where a member begins or ends."""
         if self._trailer_due:
@@ -259,8 +285,9 @@ class _Span:
             raise DamagedError(f"the gzip data does not inflate: {error}") from None
         self._at += given
         self._step = min(2 * self._step, _MAX_STEP)
-        if self._member_size is not None:
-            self._member_size += len(piece)
+        self._given += len(piece)
+        if self.member_size is not None:
+            self.member_size += len(piece)
         if self._inflater.eof:
             self._at -= len(self._inflater.unused_data)
             self._inflater = None
@@ -274,15 +301,16 @@ class _Span:
         self._at = member_header_end(self._stored, self._at)
         self._inflater = self._inflate(wbits=-15)
         self._step = _FIRST_STEP
-        self._member_size = 0
+        self.member_size = 0
 
     def _end_member(self) -> None:
         trailer = self._stored[self._at : self._at + TRAILER_SIZE]
         if len(trailer) < TRAILER_SIZE:
             raise DamagedError("the gzip data ends within a member's trailer")
-        if self._member_size is not None:
-            (size,) = struct.unpack("<4xI", trailer)
-            if size != self._member_size & 0xFFFFFFFF:
-                raise DamagedError("a gzip member's trailer has another size than its data")
+        (size,) = struct.unpack("<4xI", trailer)
+        if self.member_size is None:
+            self.before = (size - self._given) & 0xFFFFFFFF
+        elif size != self.member_size & 0xFFFFFFFF:
+            raise DamagedError("a gzip member's trailer has another size than its data")
         self._at += TRAILER_SIZE
         self._trailer_due = False

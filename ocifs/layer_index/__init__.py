@@ -1,14 +1,14 @@
 """One layer's index: every tar entry, and every place where decompression can start. Built in one pass, then kept.
 
 `build` reads a blob once from front to back and writes the index file; `load` opens such a file; a `LayerIndex` gives
-entries in stream order and decodes any span of the layer. ``format`` holds the file format's specification, ``build``
-the pass.
+entries in stream order and decodes any span of the layer. ``format`` holds the file format's specification,
+``passes`` the pass, ``child`` the process it runs in.
 
 Not here: where index files are kept (`ocifs.store`), what entries mean together (`ocifs.overlay`), caching of decoded
 spans (`ocifs.rootfs`).
 """
 
-from ocifs.layer_index.build import Build, Built, Expected, StoredBytes, build, wait_any
+from ocifs.layer_index.child import Build, Built, Expected, StoredBytes, build, wait_any
 from ocifs.layer_index.format import (
     FORMAT_VERSION,
     LayerIndex,

@@ -1,6 +1,6 @@
 """The pass over one blob that makes its index: decompress, hash, parse, find restart points.
 
-Runs in a child process (`ocifs.layer_index.build`), because rapidgzip's memory and its crashes must not be the caller's.
+Runs in a child process (`ocifs.layer_index.child`), because rapidgzip's memory and its crashes must not be the caller's.
 Not here: processes and pipes, the file format.
 
 Which way a blob goes
@@ -41,7 +41,7 @@ import zstandard
 from isal import isal_zlib
 
 from ocifs.compression import HEAD_SIZE, Compression, detect, streams, zstd
-from ocifs.compression.gzip import MAX_WINDOW, check_last_span, inflate_span
+from ocifs.compression.gzip import MAX_WINDOW, check_last_span, inflate_span, member_tail
 from ocifs.errors import DamagedError, MachineError, OcifsError, UnsupportedError
 from ocifs.layer_index.format import Mismatch, Writer
 from ocifs.spec import DiffID, Digest, Hasher
@@ -136,7 +136,7 @@ class Built(msgspec.Struct, frozen=True):
 
 
 class Job(NamedTuple):
-    """One pass: see `ocifs.layer_index.build.build` for what the fields mean."""
+    """One pass: see `ocifs.layer_index.child.build` for what the fields mean."""
 
     blob: StoredBytes
     expected: Expected
@@ -360,17 +360,18 @@ class _Pass:
     def _zstd(self) -> bool:
         """Index in place and give True, or re-frame and give False."""
         groups: list[list[zstd.Frame]] = []
-        held = FRAME_SIZE
+        held = 0
         try:
             for frame in zstd.walk(self.blob.read_at, self.blob.size):
-                if held >= FRAME_SIZE and frame.bound:
+                # Skippable frames go with what is before them, those at the beginning with what comes.
+                if not groups or (held >= FRAME_SIZE and frame.bound):
                     groups.append([])
                     held = 0
-                elif not groups:
-                    groups.append([])
                 groups[-1].append(frame)
                 held += frame.bound
         except DamagedError as error:
+            if not self.job.tolerant:
+                self._broken(error)
             self._reframe(Compression.ZSTD, until=error)
             return False
         for group in groups:
@@ -382,14 +383,17 @@ class _Pass:
         for group in groups:
             start = group[0].blob_offset
             stored = self._read_stored(start, group[-1].blob_offset + group[-1].blob_size - start)
+            data = None
             try:
                 data = zstd.inflate_unsized(stored, bound=sum(frame.bound for frame in group))
             except DamagedError as error:
-                if self.job.tolerant:
-                    self._begin()
-                    self._reframe(Compression.ZSTD)
-                    return False
-                self._broken(DamagedError(f"{error}, in the frames at blob_offset {start}"))
+                if not self.job.tolerant:
+                    self._broken(DamagedError(f"{error}, in the frames at blob_offset {start}"))
+            if data is None or (not data and len(groups) > 1):
+                # Damaged, or a frame that could have held something holds nothing, which is no span.
+                self._begin()
+                self._reframe(Compression.ZSTD)
+                return False
             self._layer_lane.put(self._layer_hash.update, data)
             self._scan(data)
             self._writer.add_span(
@@ -500,6 +504,7 @@ class _Pass:
 
     def _gzip_spans(self, points: _Checkpoints, checks: dict[int, _Check]) -> None:
         """Read the blob a second time: hash it and its spans, and see whether the spans decode to what came before."""
+        spans: list[_Entered] = []
         for number, point in enumerate(points.starts):
             check = checks.get(point.layer_offset)
             last = number + 1 == len(points.starts)
@@ -510,44 +515,81 @@ class _Pass:
             if check is None or check.size != size or size > MAX_SPAN or not 0 < stop - start <= MAX_STORED:
                 raise _Distrusted(f"span {number} is not what was decoded")
             stored = self._read_stored(start, stop - start)
-            window = points.window(number)
-            bit = point.bit_offset % 8
-            at_header = number == 0
-            head = min(size, MAX_WINDOW)
-            if not self._decodes(stored, bit, window, head, check, at_header=at_header):
+            span = _Entered(start, stop - start, point.bit_offset % 8, number == 0, size, number)
+            if not self._decodes(stored, span, points, check):
                 # A boundary between two members may lie before the header or behind it.
-                at_header = not at_header
-                if bit or not self._decodes(stored, bit, b"", head, check, at_header=at_header):
+                span = span._replace(at_header=not span.at_header)
+                if span.bit or not self._decodes(stored, span, points, check):
                     raise _Distrusted(f"span {number} does not decode")
-                window = b""
-            if last:
-                member_size = 0 if number == 0 else None
-                try:
-                    check_last_span(
-                        stored, bit=bit, window=window, size=size, at_header=at_header, member_size=member_size
-                    )
-                except DamagedError as error:
-                    raise _Distrusted(str(error)) from None
+            spans.append(span)
             self._writer.add_span(
                 blob_offset=start,
                 blob_size=stop - start,
                 layer_offset=point.layer_offset,
                 sha256=hashlib.sha256(stored).digest(),
                 crc32=check.crc32,
-                bit=bit,
-                at_header=at_header,
-                window=window,
+                bit=span.bit,
+                at_header=span.at_header,
+                window=span.window(points),
             )
         if self._stored_position != self.blob.size:
             raise _Distrusted("the spans do not cover the blob")
+        try:
+            self._check_end(spans, points)
+        except DamagedError as error:
+            raise _Distrusted(str(error)) from None
+
+    def _check_end(self, spans: list[_Entered], points: _Checkpoints) -> None:
+        """Check that the blob ends as gzip data must, which rapidgzip does not quite."""
+        last = spans.pop()
+        before = check_last_span(
+            self.blob.read_at(last.blob_offset, last.blob_size),
+            bit=last.bit,
+            window=last.window(points),
+            size=last.size,
+            at_header=last.at_header,
+        )
+        # The trailer tells how long its member is, up to 4 GiB. Mostly that is the whole layer; if not, the member's
+        # beginning has to be found, in one of the last spans if the trailer does not lie.
+        if before is None or before == (points.layer_size - last.size) & 0xFFFFFFFF:
+            return
+        size = 0
+        for span in reversed(spans):
+            stored = self.blob.read_at(span.blob_offset, span.blob_size)
+            tail = member_tail(
+                stored, bit=span.bit, window=span.window(points), size=span.size, at_header=span.at_header
+            )
+            if tail is not None:
+                size += tail
+                break
+            size += span.size
+        if before != size & 0xFFFFFFFF:
+            raise DamagedError("the last gzip member's trailer has another size than its data")
 
     @staticmethod
-    def _decodes(stored: bytes, bit: int, window: bytes, head: int, check: _Check, *, at_header: bool) -> bool:
+    def _decodes(stored: bytes, span: _Entered, points: _Checkpoints, check: _Check) -> bool:
+        head = min(span.size, MAX_WINDOW)
         try:
-            data = inflate_span(stored, bit=bit, window=window, size=head, at_header=at_header)
+            data = inflate_span(
+                stored, bit=span.bit, window=span.window(points), size=head, at_header=span.at_header
+            )
         except DamagedError:
             return False
         return isal_zlib.crc32(data) == check.head_crc32
+
+
+class _Entered(NamedTuple):
+    """A gzip span and how it is entered."""
+
+    blob_offset: int
+    blob_size: int
+    bit: int
+    at_header: bool
+    size: int
+    number: int
+
+    def window(self, points: _Checkpoints) -> bytes:
+        return b"" if self.at_header else points.window(self.number)
 
 
 class _Check(NamedTuple):

@@ -100,9 +100,10 @@ def build(
         while not one.step():
             if progress is not None:
                 progress(one.stored)
+        built = one.result()
         if progress is not None:
             progress(one.stored)
-        return one.result()
+        return built
 
 
 def wait_any(builds: Iterable[Build]) -> Iterator[Build]:
