@@ -50,8 +50,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from ocifs.cli.commands import ocifs  # noqa: PLC0415 (commands imports what this module offers)
     from ocifs.cli.output import complain, discard_output, flush, sentence  # noqa: PLC0415
 
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    if "_OCIFS_COMPLETE" in os.environ:
+        ocifs.main(words, "ocifs")  # a shell asks what can follow: click answers and exits
     try:
-        given = ocifs.main(sys.argv[1:] if arguments is None else list(arguments), "ocifs", standalone_mode=False)
+        # Not ocifs.main(): that has an opinion of its own on Ctrl-C and on broken pipes.
+        with ocifs.make_context("ocifs", words) as context:
+            ocifs.invoke(context)
         flush()
     except BrokenPipeError:
         discard_output()
@@ -72,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
     except Exception as error:  # noqa: BLE001 (the last boundary: a bug must read like one, not like a crash)
         return _bug(error)
-    return given if isinstance(given, int) else 0
+    return 0
 
 
 def _after_output(status: int) -> int:

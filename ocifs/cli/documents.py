@@ -162,13 +162,12 @@ def _print_image(image: ResolvedImage) -> None:
     output.print_line("")
     steps = layer_steps(image.config, len(image.layers))
     output.print_table(
-        ("LAYER", "SIZE", "DIGEST", "DIFF ID", "CREATED BY"),
+        ("LAYER", "SIZE", "DIGEST", "CREATED BY"),
         [
             (
                 str(blob.number),
                 output.human_size(blob.size),
-                str(blob.digest or "-"),
-                str(blob.diff_id or "-"),
+                output.short(blob.digest or blob.diff_id),
                 str(blob.problem) if blob.problem else _title(blob) or _shortened(step.created_by if step else ""),
             )
             for blob, step in zip(image.layers, steps, strict=True)
@@ -325,8 +324,8 @@ def _print_layers(rows: Sequence[dict[str, Any]]) -> None:
         [
             (
                 str(row["layer"]),
-                _cell(row["digest"]),
-                _cell(row["diff_id"]),
+                output.short(row["digest"]),
+                output.short(row["diff_id"]),
                 _cell(row["media_type"]),
                 output.human_size(row["size"]),
                 "-" if row["uncompressed_size"] is None else output.human_size(row["uncompressed_size"]),

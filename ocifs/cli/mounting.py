@@ -92,8 +92,8 @@ def mount(
 @click.command(epilog=opt.examples("ocifs umount /mnt", "ocifs umount --lazy /mnt/a /mnt/b"))
 @click.option("-l", "--lazy", is_flag=True, help="Take it out of sight now, even if it is in use; do not wait.")
 @click.argument("directories", metavar="DIR…", nargs=-1, required=True, shell_complete=_complete_mountpoint)
-@opt.cache_options
-def umount(choice: Choice, directories: tuple[str, ...], *, lazy: bool) -> None:  # noqa: ARG001 (-v is in it)
+@opt.plain_options
+def umount(choice: Choice, directories: tuple[str, ...], *, lazy: bool) -> None:  # noqa: ARG001 (-v has done what it does)
     """Unmount what ocifs mounted, and return when its daemon is gone. Cleans up after a daemon that was killed."""
     from ocifs import daemon  # noqa: PLC0415
 
@@ -112,7 +112,8 @@ def umount(choice: Choice, directories: tuple[str, ...], *, lazy: bool) -> None:
 
 @click.command(epilog=opt.examples("ocifs ps", "ocifs ps --json | jq -r .mountpoint"))
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object a line.")
-def ps(*, as_json: bool) -> None:
+@opt.plain_options
+def ps(choice: Choice, *, as_json: bool) -> None:  # noqa: ARG001 (-v has done what it does)
     """List what is mounted by this user, oldest first."""
     from ocifs import daemon  # noqa: PLC0415
 

@@ -102,6 +102,9 @@ def _be_verbose(_: click.Context, __: click.Parameter, value: int) -> int:
     return value
 
 
+_VERBOSE: Final = (
+    click.option("-v", "--verbose", count=True, callback=_be_verbose, help="Say more; twice: even more."),
+)
 _CACHE: Final = (
     click.option(
         "--cache-dir",
@@ -110,7 +113,7 @@ _CACHE: Final = (
         type=click.Path(),
         help="Where indexes are kept.  [env: OCIFS_CACHE_DIR; default: /var/cache/ocifs for root, else below ~/.cache]",
     ),
-    click.option("-v", "--verbose", count=True, callback=_be_verbose, help="Say more; twice: even more."),
+    *_VERBOSE,
 )
 _SOURCE: Final = (
     click.option(
@@ -157,6 +160,11 @@ def _declared(groups: Sequence[Sequence[Callable[[_F], _F]]]) -> Callable[[_F], 
         return decorated  # type: ignore[no-any-return]
 
     return decorate
+
+
+def plain_options(function: _F) -> _F:
+    """The option of commands that need neither image nor cache."""
+    return _declared((_VERBOSE,))(function)
 
 
 def cache_options(function: _F) -> _F:

@@ -154,6 +154,13 @@ def width(text: str) -> int:
     )
 
 
+def short(digest: object) -> str:
+    """A digest for a table: on a terminal only as much of it as tells it from others."""
+    text = "-" if digest is None else str(digest)
+    algorithm, colon, encoded = text.partition(":")
+    return f"{algorithm}:{encoded[:12]}" if colon and to_terminal() else text
+
+
 def human_size(size: int) -> str:
     """Bytes in binary units with three digits or so: ``310.2 MiB``."""
     value, unit = float(size), 0
