@@ -259,9 +259,9 @@ def test_deep_trees_need_no_recursion() -> None:
     assert [entry.name for entry in image.readdir(nid)] == [b".", b".."]
 
 
-@pytest.mark.parametrize("name", [b"", b"x" * 256, b".", b".."])
+@pytest.mark.parametrize("name", [b"", b"x" * 256, b".", b"..", b"a/b", b"a\0"])
 def test_names_that_no_directory_can_have_are_a_mistake_of_the_caller(name: bytes) -> None:
-    with pytest.raises(ValueError, match="names must be"):
+    with pytest.raises(ValueError, match="a name must be 1 to 255"):
         encoder(directory({name: file(1)}))
 
 
@@ -290,6 +290,11 @@ def test_symlink_targets_of_any_length(size: int, xattrs: tuple[tuple[bytes, byt
 def test_symlink_targets_that_no_kernel_can_have_are_refused(target: bytes) -> None:
     with pytest.raises(UnsupportedError, match=r"^/a/link cannot be kept in the image tree: .* 1 to 4095 bytes"):
         encoder(directory({b"a": directory({b"link": symlink(target)})}))
+
+
+def test_symlink_targets_with_nul_are_refused() -> None:
+    with pytest.raises(UnsupportedError, match="NUL"):
+        encoder(directory({b"link": symlink(b"a\0b")}))
 
 
 # ---- file data

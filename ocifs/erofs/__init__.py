@@ -8,7 +8,8 @@ Which of the format's many shapes we use (sources: the kernel's ``Documentation/
 ``fs/erofs/erofs_fs.h`` and the checks in ``super.c``, ``inode.c``, ``dir.c``, ``namei.c``, ``xattr.c``, ``data.c``):
 
 * Blocks of 512 bytes (Linux ≥ 6.4), because file data in a tar starts at multiples of 512. So a file's content needs no
-  copy: its *chunk index* names a device and a block number, device *i* being layer *i*'s uncompressed tar.
+  copy: its *chunk index* names a device and a block number, device *i* being layer *i*'s uncompressed tar. The kernel
+  reads whole blocks: a tar that ends within one must be served with zeros behind it, up to the device's size.
 * Extended inodes of 64 bytes (times to the nanosecond, 32-bit owners, 64-bit sizes). An inode's number is its *nid*: its
   position in units of 32 bytes from the start of the metadata area. The root has nid 1.
 * A file whose data is one run that starts at a multiple of 512 is one chunk. Any other file with data or holes is cut in

@@ -116,8 +116,11 @@ class _Directory:
         children = node.children or {}
         self.names = sorted([*children, b".", b".."])
         lengths = list(map(len, self.names))
-        if max(lengths) > NAME_MAX or not min(lengths) or len(set(self.names)) != len(lengths):
-            message = f"a directory's names must be 1 to {NAME_MAX} bytes and not . or ..: below {self.path()!r}"
+        joined = b"".join(self.names)
+        if max(lengths) > NAME_MAX or not min(lengths) or len(children) + 2 != len(set(self.names)) or (
+            b"/" in joined or b"\0" in joined
+        ):
+            message = f"a name must be 1 to {NAME_MAX} bytes without / and NUL, and not . or ..: below {self.path()!r}"
             raise ValueError(message)
         self.breaks = [0]
         used = DIRENT_SIZE * len(lengths) + sum(lengths)
@@ -594,6 +597,8 @@ def _place_symlink(node: Node, directory: _Directory, name: bytes, position: int
     size = len(node.target)
     if not 0 < size <= SYMLINK_MAX:
         _refuse(directory, name, f"a symbolic link's target has 1 to {SYMLINK_MAX} bytes, not {size}")
+    if b"\0" in node.target:
+        _refuse(directory, name, "a symbolic link's target cannot hold a NUL byte")
     if _fits_inline(size, header - INODE_SIZE):
         # Kernels before 6.12 want inode, attributes and target in one block.
         if position % BLOCK_SIZE + header + size > BLOCK_SIZE:
