@@ -166,7 +166,9 @@ MEMBERS = {
 
 @STOCK
 @pytest.mark.parametrize("parts", MEMBERS.values(), ids=MEMBERS)
-def test_c2_a_span_runs_over_member_boundaries(parts: list[bytes], inflate: Callable[..., isal_zlib.Decompress]) -> None:
+def test_c2_a_span_runs_over_member_boundaries(
+    parts: list[bytes], inflate: Callable[..., isal_zlib.Decompress]
+) -> None:
     stored = b"".join(member(part) for part in parts)
     whole = b"".join(parts)
     assert inflate_span(stored, bit=0, window=b"", size=len(whole), at_header=True, inflate=inflate) == whole
@@ -179,7 +181,7 @@ def test_c2_a_span_runs_over_member_boundaries(parts: list[bytes], inflate: Call
 
 
 def test_member_headers_may_have_every_field() -> None:
-    header = b"\x1f\x8b\x08\x1e\x00\x00\x00\x00\x00\xff" + b"\x06\x00BC\x02\x00\x12\x34" + b"n\0" + b"c" * 600 + b"\0" + b"hh"
+    header = b"\x1f\x8b\x08\x1e\x00\x00\x00\x00\x00\xff\x06\x00BC\x02\x00\x12\x34n\0" + b"c" * 600 + b"\0" + b"hh"
     assert member_header_end(header) == len(header)
     body = zlib.compressobj(6, zlib.DEFLATED, -15)
     stored = header + body.compress(TEXT) + body.flush() + zlib.crc32(TEXT).to_bytes(4, "little")
@@ -200,7 +202,7 @@ def test_a_bomb_gives_no_more_than_the_span_holds() -> None:
 def test_a_span_that_ends_early_is_damage_at_every_length() -> None:
     stored = member(TEXT[:3000])
     for size in range(len(stored) - 8 - 2):  # the last bits only say that the block is over
-        with pytest.raises(DamagedError, match="ends before|ends within"):
+        with pytest.raises(DamagedError, match=r"ends before|ends within"):
             inflate_span(stored[:size], bit=0, window=b"", size=3000, at_header=True)
 
 
@@ -221,7 +223,7 @@ def test_c3_junk_after_the_last_member(tail: bytes, message: str) -> None:
 def test_the_last_trailer_is_checked() -> None:
     stored = member(TEXT)
     for cut in range(1, 9):
-        with pytest.raises(DamagedError, match="ends within a member's trailer|ends before"):
+        with pytest.raises(DamagedError, match=r"ends within a member's trailer|ends before"):
             check_last_span(stored[:-cut], bit=0, window=b"", size=len(TEXT), at_header=True)
     with pytest.raises(DamagedError, match="another size than its data"):
         check_last_span(stored[:-1] + b"\1", bit=0, window=b"", size=len(TEXT), at_header=True)
@@ -235,7 +237,9 @@ def test_a_trailer_whose_member_began_earlier_says_how_much_was_before() -> None
 
     def last(data: bytes) -> int | None:
         window = TEXT[: first.offset][-MAX_WINDOW:]
-        return check_last_span(data, bit=first.bit_offset % 8, window=window, size=len(TEXT) - first.offset, at_header=False)
+        return check_last_span(
+            data, bit=first.bit_offset % 8, window=window, size=len(TEXT) - first.offset, at_header=False
+        )
 
     def tail(data: bytes, size: int) -> int | None:
         window = TEXT[: first.offset][-MAX_WINDOW:]
@@ -271,9 +275,9 @@ def frames(data: bytes) -> list[zstd.Frame]:
     return list(zstd.walk(lambda offset, size: data[offset : offset + size], len(data)))
 
 
-def streamed(data: bytes, **options: int) -> bytes:
+def streamed(data: bytes, level: int, *, checksum: bool = False) -> bytes:
     """One frame that does not say how much it holds."""
-    compressor = zstandard.ZstdCompressor(**options).compressobj()
+    compressor = zstandard.ZstdCompressor(level=level, write_checksum=checksum).compressobj()
     return compressor.compress(data) + compressor.flush()
 
 
@@ -297,7 +301,7 @@ def test_zstd_headers_of_every_size(size: int, checksum: bool) -> None:  # noqa:
     for level in (-5, 3, 19):
         data = zstandard.ZstdCompressor(level=level, write_checksum=checksum).compress(words(size))
         assert [(frame.blob_size, frame.size) for frame in frames(data)] == [(len(data), size)]
-        data = streamed(words(size), level=level, write_checksum=checksum)
+        data = streamed(words(size), level=level, checksum=checksum)
         assert frames(data)[0].bound >= size
         assert frames(data)[0].blob_size == len(data)
 

@@ -57,7 +57,7 @@ def _is_tar(head: bytes) -> bool:
     block = head[:512]
     if not any(block):
         return True
-    if len(block) < 512:  # noqa: PLR2004 - the size of a tar block (POSIX pax, "ustar Interchange Format")
+    if len(block) < 512:
         return False
     # A magic alone counts too: a header whose checksum is wrong is then reported as just that (rule D6), which helps
     # more than "not a tar". v7 archives have no magic, so there the checksum decides, signed or not (rule D1).
@@ -68,4 +68,4 @@ def _is_tar(head: bytes) -> bool:
         return False
     rest = block[:148] + b" " * 8 + block[156:]
     unsigned = sum(rest)
-    return int(field, 8) in {unsigned, unsigned - 256 * sum(byte >= 0x80 for byte in rest)}  # noqa: PLR2004 - sign bit
+    return int(field, 8) in {unsigned, unsigned - 256 * sum(byte >= 0x80 for byte in rest)}

@@ -28,9 +28,9 @@ from __future__ import annotations
 
 import struct
 import zlib
-from typing import Final, NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol, cast
 
-from isal import igzip_lib, isal_zlib
+from isal import isal_zlib
 
 from ocifs.errors import DamagedError
 
@@ -45,6 +45,8 @@ _MAX_STEP: Final = 1 << 18
 # Input is handed over in steps that double from 4 KiB to 256 KiB within a member. At a member's end the decompressor
 # copies the step's unused rest: in eStargz, with members of a few hundred bytes, handing over everything at once
 # would copy a span of 1 MiB thousands of times.
+
+_ERRORS: Final[tuple[type[Exception], ...]] = (zlib.error, cast("type[Exception]", isal_zlib.error))
 
 _FHCRC, _FEXTRA, _FNAME, _FCOMMENT, _RESERVED = 0x02, 0x04, 0x08, 0x10, 0xE0
 
@@ -100,6 +102,8 @@ class _Inflater(Protocol):
     def eof(self) -> bool: ...
     @property
     def unused_data(self) -> bytes: ...
+    @property
+    def unconsumed_tail(self) -> bytes: ...
     def decompress(self, data: bytes | memoryview, max_length: int = ..., /) -> bytes: ...
 
 
@@ -117,16 +121,16 @@ def member_header_end(stored: bytes | memoryview, at: int = 0) -> int:
     Raises `DamagedError` if there is none, or if ``stored`` ends within it.
     """
     data = memoryview(stored)
-    if len(data) - at < 10:  # noqa: PLR2004 - the fixed part of the header
+    if len(data) - at < 10:
         raise DamagedError("the gzip data ends within a member's header")
-    if data[at : at + 3] != b"\x1f\x8b\x08":
+    if bytes(data[at : at + 3]) != b"\x1f\x8b\x08":
         raise DamagedError("there is no gzip member where one must begin")
     flags = data[at + 3]
     if flags & _RESERVED:
         raise DamagedError("a gzip member's header has reserved flags set")
     at += 10
     if flags & _FEXTRA:
-        if len(data) - at < 2:  # noqa: PLR2004 - a 16-bit length
+        if len(data) - at < 2:
             raise DamagedError("the gzip data ends within a member's header")
         at += 2 + int.from_bytes(data[at : at + 2], "little")
     for flag in (_FNAME, _FCOMMENT):
@@ -170,9 +174,7 @@ def inflate_span(
     return _Span(memoryview(stored), bit, window, inflate, at_header=at_header).read(want)
 
 
-def check_last_span(
-    stored: bytes | memoryview, *, bit: int, window: bytes, size: int, at_header: bool
-) -> int | None:
+def check_last_span(stored: bytes | memoryview, *, bit: int, window: bytes, size: int, at_header: bool) -> int | None:
     """Check that the blob ends as gzip data must: after ``size`` bytes a trailer, empty members, and nothing else.
 
     ``stored`` goes up to the blob's end. Raises `DamagedError`, for bytes behind the last member with their number
@@ -268,8 +270,7 @@ class _Span:
         """Decode one step, at most ``limit`` bytes; empty where a member begins or ends."""
         if self._trailer_due:
             self._end_member()
-        if self._inflater is None:
-            self._begin_member()
+        inflater = self._inflater or self._begin_member()
         if self._lead:
             given = 0
             chunk: bytes | memoryview = self._lead
@@ -280,28 +281,29 @@ class _Span:
             if not given:
                 raise DamagedError("the gzip data ends before its recorded size is reached")
         try:
-            piece = self._inflater.decompress(chunk, limit)
-        except (zlib.error, isal_zlib.error, igzip_lib.error) as error:
+            piece = inflater.decompress(chunk, limit)
+        except _ERRORS as error:
             raise DamagedError(f"the gzip data does not inflate: {error}") from None
         self._at += given
         self._step = min(2 * self._step, _MAX_STEP)
         self._given += len(piece)
         if self.member_size is not None:
             self.member_size += len(piece)
-        if self._inflater.eof:
-            self._at -= len(self._inflater.unused_data)
+        if inflater.eof:
+            self._at -= len(inflater.unused_data)
             self._inflater = None
             self._trailer_due = True
         elif len(piece) == limit:
             # The decompressor may hold input it has not used. Nobody reads on after the limit but `finish`.
-            self._at -= len(getattr(self._inflater, "unconsumed_tail", b""))
+            self._at -= len(inflater.unconsumed_tail)
         return piece
 
-    def _begin_member(self) -> None:
+    def _begin_member(self) -> _Inflater:
         self._at = member_header_end(self._stored, self._at)
         self._inflater = self._inflate(wbits=-15)
         self._step = _FIRST_STEP
         self.member_size = 0
+        return self._inflater
 
     def _end_member(self) -> None:
         trailer = self._stored[self._at : self._at + TRAILER_SIZE]

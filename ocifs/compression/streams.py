@@ -11,11 +11,10 @@ to in total is for the caller to bound.
 from __future__ import annotations
 
 import bz2
-import io
 import lzma
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Final
+from typing import BinaryIO, Final, cast
 
 import zstandard
 
@@ -139,7 +138,9 @@ def _members(chunks: Iterator[bytes], new: Callable[[], _Gzip | _Xz | _Bzip2]) -
                     continue
                 if not data.startswith(magic):
                     where = "behind the last member" if begun else "where it should begin"
-                    raise DamagedError(f"there are bytes that are not {name} data at blob_offset {blob_offset}, {where}")
+                    raise DamagedError(
+                        f"there are bytes that are not {name} data at blob_offset {blob_offset}, {where}"
+                    )
                 member = new()
                 begun = True
             try:
@@ -176,16 +177,13 @@ def _steps(chunks: Iterator[bytes]) -> Iterator[bytes]:
             yield chunk[at : at + _STEP]
 
 
-class _Pull(io.RawIOBase):
+class _Pull:
     """Chunks as a file for zstandard's reader, which is the one that bounds its output."""
 
     def __init__(self, chunks: Iterator[bytes]) -> None:
         self._chunks = chunks
         self._left = b""
         self.taken = 0
-
-    def readable(self) -> bool:
-        return True
 
     def read(self, size: int = -1, /) -> bytes:
         while not self._left:
@@ -203,7 +201,8 @@ def _zstd(chunks: Iterator[bytes]) -> Iterator[bytes]:
     # That the stream ends where a frame does is seen by walking its frames (`zstd.walk`), not here.
     source = _Pull(chunks)
     decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW)
-    with decompressor.stream_reader(source, read_size=_STEP, read_across_frames=True) as reader:
+    # zstandard needs no more of a file than read().
+    with decompressor.stream_reader(cast("BinaryIO", source), read_size=_STEP, read_across_frames=True) as reader:
         while True:
             try:
                 piece = reader.read(PIECE_SIZE)

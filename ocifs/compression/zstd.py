@@ -64,12 +64,12 @@ def _cut(at: int) -> DamagedError:
 def _frame(read_at: Callable[[int, int], bytes | memoryview], start: int, end: int) -> Frame:
     head = bytes(read_at(start, _MAX_HEADER))
     magic = int.from_bytes(head[:4], "little")
-    if magic in _SKIPPABLE and len(head) >= 4:  # noqa: PLR2004 - a 32-bit magic number
+    if magic in _SKIPPABLE and len(head) >= 4:
         length = 8 + int.from_bytes(head[4:8], "little")
-        if len(head) < 8 or start + length > end:  # noqa: PLR2004 - magic and length
+        if len(head) < 8 or start + length > end:
             raise _cut(start)
         return Frame(start, length, 0, 0)
-    if magic != _MAGIC or len(head) < 4:  # noqa: PLR2004 - a 32-bit magic number
+    if magic != _MAGIC or len(head) < 4:
         raise DamagedError(f"{end - start} bytes at blob_offset {start} are not zstd data")
     header_size, content_size, window, checksum = _header(head, start)
     at = start + header_size
@@ -78,14 +78,14 @@ def _frame(read_at: Callable[[int, int], bytes | memoryview], start: int, end: i
     last = False
     while not last:
         block = bytes(read_at(at, 3))
-        if len(block) < 3:  # noqa: PLR2004 - RFC 8878, section 3.1.1.2: a 24-bit block header
+        if len(block) < 3:
             raise _cut(start)
         field = int.from_bytes(block, "little")
         last, kind, length = bool(field & 1), field >> 1 & 3, field >> 3
-        if kind == 3:  # noqa: PLR2004 - reserved
+        if kind == 3:
             raise DamagedError(f"a zstd block of a reserved type is at blob_offset {at}")
         # Types 0 and 1, raw and one repeated byte, say what they hold; 2, compressed, holds what a block can.
-        bound += block_limit if kind == 2 else length  # noqa: PLR2004 - block types
+        bound += block_limit if kind == 2 else length
         at += 3 + (1 if kind == 1 else length)
         if at > end:
             raise _cut(start)
@@ -98,7 +98,7 @@ def _frame(read_at: Callable[[int, int], bytes | memoryview], start: int, end: i
 
 def _header(head: bytes, start: int) -> tuple[int, int | None, int, bool]:
     """Give (header size, content size, window size, whether a checksum follows); RFC 8878, section 3.1.1.1."""
-    if len(head) < 6:  # noqa: PLR2004 - magic, descriptor, and one byte of window or content size
+    if len(head) < 6:
         raise _cut(start)
     descriptor = head[4]
     if descriptor & 0x08:
@@ -117,10 +117,12 @@ def _header(head: bytes, start: int) -> tuple[int, int | None, int, bool]:
         window = base + base // 8 * mantissa
         at += 1
     if any(head[at : at + dictionary_size]):
-        raise UnsupportedError(f"the zstd frame at blob_offset {start} needs a dictionary, which layers never come with")
+        raise UnsupportedError(
+            f"the zstd frame at blob_offset {start} needs a dictionary, which layers never come with"
+        )
     at += dictionary_size
     content_size = int.from_bytes(head[at : at + content_field], "little") if content_field else None
-    if content_size is not None and content_field == 2:  # noqa: PLR2004 - the two-byte field counts from 256
+    if content_size is not None and content_field == 2:
         content_size += 256
     if single:
         window = content_size or 0  # RFC 8878, section 3.1.1.1.2: the whole content is the window

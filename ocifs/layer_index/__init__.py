@@ -31,6 +31,6 @@ __all__ = [
     "SpanTable",
     "StoredBytes",
     "build",
-    "wait_any",
     "load",
+    "wait_any",
 ]

@@ -25,7 +25,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from typing import BinaryIO, Final, Never
+from typing import BinaryIO, Final, Never, Self
 
 import msgspec
 
@@ -235,7 +235,7 @@ class Build:
                     os.kill(self._pid, signal.SIGKILL)
             self._reap()
 
-    def __enter__(self) -> Build:
+    def __enter__(self) -> Self:
         """Nothing to do: the child runs already."""
         return self
 

@@ -33,7 +33,7 @@ import os
 import struct
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, BinaryIO, Final, NamedTuple, Protocol
+from typing import BinaryIO, Final, NamedTuple, Protocol
 
 import msgspec
 import rapidgzip
@@ -156,6 +156,16 @@ def run(job: Job, progress: Callable[[int], None], *, certain: bool = False) -> 
     return _Pass(job, progress).run(certain=certain)
 
 
+class _RapidgzipFile(Protocol):
+    """The part of `rapidgzip.RapidgzipFile` that is used."""
+
+    def readinto(self, buffer: bytearray, /) -> int | None: ...
+    def available_block_offsets(self) -> dict[int, int]: ...
+    def tell_compressed(self) -> int: ...
+    def export_index(self, file: BinaryIO, form: object, /) -> None: ...
+    def close(self) -> None: ...
+
+
 class _Lane:
     """A thread that runs jobs in order; at most `_RING` wait."""
 
@@ -163,7 +173,7 @@ class _Lane:
         self._executor = ThreadPoolExecutor(1)
         self._pending: collections.deque[Future[None]] = collections.deque()
 
-    def put(self, job: Callable[..., None], *arguments: Any) -> None:
+    def put(self, job: Callable[..., None], *arguments: object) -> None:
         while len(self._pending) >= _RING:
             self._pending.popleft().result()
         self._pending.append(self._executor.submit(job, *arguments))
@@ -459,7 +469,9 @@ class _Pass:
         source = _SeekableBlob(self.blob)
         checks = _SpanChecks()
         try:
-            file = rapidgzip.RapidgzipFile(source.for_rapidgzip(), self.job.threads, chunk_size=GZIP_SPAN)
+            file: _RapidgzipFile = rapidgzip.RapidgzipFile(
+                source.for_rapidgzip(), self.job.threads, chunk_size=GZIP_SPAN
+            )
             try:
                 self._pump(file, checks)
                 return _Checkpoints.exported(file), checks
@@ -475,7 +487,7 @@ class _Pass:
                 raise source.failure from None
             raise _Distrusted(str(error)) from None
 
-    def _pump(self, file: Any, checks: _SpanChecks) -> None:
+    def _pump(self, file: _RapidgzipFile, checks: _SpanChecks) -> None:
         # One buffer more than can wait in the lane: a buffer is written to again only when its job is done.
         buffers = itertools.cycle([bytearray(_CHUNK) for _ in range(_RING + 1)])
         position = known = 0
@@ -570,9 +582,7 @@ class _Pass:
     def _decodes(stored: bytes, span: _Entered, points: _Checkpoints, check: _Check) -> bool:
         head = min(span.size, MAX_WINDOW)
         try:
-            data = inflate_span(
-                stored, bit=span.bit, window=span.window(points), size=head, at_header=span.at_header
-            )
+            data = inflate_span(stored, bit=span.bit, window=span.window(points), size=head, at_header=span.at_header)
         except DamagedError:
             return False
         return isal_zlib.crc32(data) == check.head_crc32
@@ -657,7 +667,9 @@ class _Checkpoints:
 
     def __init__(self, exported: bytes | memoryview) -> None:
         self._exported = exported
-        magic, version, _flags, _stored, self.layer_size, _spacing, window_size, count = self._HEAD.unpack_from(exported)
+        magic, version, _flags, _stored, self.layer_size, _spacing, window_size, count = self._HEAD.unpack_from(
+            exported
+        )
         if magic != b"GZIDX" or version != 1 or window_size != MAX_WINDOW:
             raise _Distrusted("an index of another format")
         at = self._HEAD.size + count * self._POINT.size
@@ -677,7 +689,7 @@ class _Checkpoints:
         self.starts = starts
 
     @classmethod
-    def exported(cls, file: Any) -> _Checkpoints:
+    def exported(cls, file: _RapidgzipFile) -> _Checkpoints:
         buffer = io.BytesIO()
         file.export_index(buffer, rapidgzip.IndexFormat.INDEXED_GZIP)
         return cls(buffer.getbuffer())
@@ -696,7 +708,7 @@ class _SeekableBlob(io.RawIOBase):
         self.failure: BaseException | None = None
         """What reading raised; it does not survive the way through rapidgzip."""
 
-    def for_rapidgzip(self) -> Any:
+    def for_rapidgzip(self) -> str | _SeekableBlob:
         """Give what rapidgzip reads fastest: a path if the blob is a whole file, else this object."""
         where = self._blob.file_range()
         if where is not None:
