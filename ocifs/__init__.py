@@ -13,8 +13,9 @@ merge      ``overlay``                                           every whiteout 
 bytes      ``sources`` ``store``                                 foreign blobs, read-only; our own cache
 image      ``image`` ``layer_data``                              joins reference, source, indexes and tree
 spans      ``spans``                                             decoded data: cached, shared, decoded ahead
-view       ``rootfs``                                            lookup, attributes, reading by path or inode
+view       ``rootfs`` ``devices``                                an image as names and attributes; as device files
 uses       ``fuse`` ``kernel``                                   FUSE protocol adapter; EROFS mounted by the kernel
+driver     ``driver``                                            how an image reaches the kernel: fuse or erofs
 process    ``daemon`` ``cli``                                    mount life cycle; commands
 =========  ====================================================  ==================================================
 """

@@ -15,11 +15,8 @@ How a mount ends
     record goes, exit status 0. After kill -9 the kernel answers ENOTCONN on the mount point; the next ``ocifs mount`` or
     ``ocifs umount`` of that directory removes the dead mount.
 
-Concurrency contract
-    One thread runs trio and pyfuse3; worker threads run `LayerData.decode` and the one stat(2) that proves readiness.
-    pyfuse3 reads the FUSE descriptor with the GIL held. If a reader is killed between the wake-up and that read, its
-    request is gone and the read blocks, and with it every thread, until somebody sends another request. `_ReadGuard`
-    bounds that to 50 ms.
+    Under the ``erofs`` driver the mount itself outlives a killed daemon and answers EIO for what the kernel has not cached;
+    those two commands find it by the record that nobody has locked.
 """
 
 from __future__ import annotations
@@ -35,19 +32,18 @@ import select
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 import msgspec
 
 from ocifs.errors import BusyError, MachineError, NotFoundError, OcifsError, UsageError
-from ocifs.rootfs import RootFS
 
 _log = logging.getLogger(__name__)
 
-FS_TYPE = "fuse.ocifs"
-"""File system type in mountinfo: FUSE with subtype ocifs."""
+FS_TYPES = {"fuse": "fuse.ocifs", "erofs": "erofs"}
+"""File system type in mountinfo by driver: FUSE with subtype ocifs, or the kernel's own."""
 
 GOODBYE = 30.0
 """Seconds `unmount` waits for a daemon to be gone before it says what may hold it."""
@@ -168,6 +164,8 @@ class Claim:
 
     def release(self) -> None:
         """Give the place up and remove the record."""
+        with contextlib.suppress(OSError):
+            self.path.with_suffix(".devices").rmdir()
         with contextlib.suppress(FileNotFoundError):
             self.path.unlink()
         os.close(self._fd)
@@ -181,23 +179,48 @@ def _read_record(fd: int) -> Record | None:
 
 
 def records() -> Iterator[Record]:
-    """Every live mount of this user, oldest first. Records of dead daemons are removed on the way."""
+    """Every live mount of this user, oldest first. Records of dead daemons whose mount is gone are removed on the way."""
     found = []
     for path in runtime_dir().glob("*.json"):
-        with contextlib.suppress(FileNotFoundError):
-            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                record = _read_record(fd)
-                if record is not None:
-                    found.append(record)
-            else:
-                path.unlink()
+        with _looked_at(path) as (record, alive):
+            if record is not None and alive:
+                found.append(record)
+            elif not alive and (record is None or not _is_ours(mounted_at(Path(record.mountpoint)), record)):
+                path.unlink(missing_ok=True)
                 path.with_suffix(".log").unlink(missing_ok=True)
-            finally:
-                os.close(fd)
     yield from sorted(found, key=lambda record: record.started_ns)
+
+
+@contextlib.contextmanager
+def _looked_at(path: Path) -> Iterator[tuple[Record | None, bool]]:
+    """The record in a file, and whether its daemon lives; locked during the block if it does not."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        yield None, False
+        return
+    try:
+        alive = False
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            alive = True
+        yield _read_record(fd), alive
+    finally:
+        os.close(fd)
+
+
+def _is_ours(there: MountEntry | None, record: Record | None) -> bool:
+    """Whether a mount is one of ocifs: by its type, or by the record and where EROFS was mounted from."""
+    if there is None:
+        return False
+    if there.fs_type == FS_TYPES["fuse"]:
+        return True
+    return (
+        record is not None
+        and there.fs_type == FS_TYPES[record.driver]
+        and there.source.startswith(os.fsencode(runtime_dir()) + b"/")
+    )
 
 
 # -- before mounting -----------------------------------------------------------------------------------------------
@@ -229,15 +252,15 @@ def prepare_mountpoint(mountpoint: Path, *, nonempty: bool = False) -> Path:
     Raises `NotFoundError`, `UsageError` or `BusyError`, each naming the directory and what to do.
     """
     path = _real(mountpoint)
-    there = mounted_at(path)
-    if there is not None and there.fs_type == FS_TYPE and _is_dead(path):
-        _log.warning("removing the dead mount that a killed daemon left at %s", path)
-        _detach(path, lazy=True)
+    with _looked_at(_record_path(path)) as (record, alive):
         there = mounted_at(path)
-    if there is not None and there.fs_type == FS_TYPE:
-        source = os.fsdecode(there.source)
-        message = f"{path} has {source} mounted on it already; unmount it first: ocifs umount {path}"
-        raise BusyError(message)
+        if _is_ours(there, record):
+            if alive or (record is None and not _is_dead(path)):
+                what = record.reference if record else os.fsdecode(there.source) if there else ""
+                message = f"{path} has {what} mounted on it already; unmount it first: ocifs umount {path}"
+                raise BusyError(message)
+            _log.warning("removing the dead mount that a killed daemon left at %s", path)
+            _detach(path, lazy=True)
     try:
         names = os.listdir(path)
     except FileNotFoundError:
@@ -285,113 +308,36 @@ def _detach(path: Path, *, lazy: bool) -> None:
 # -- serving -------------------------------------------------------------------------------------------------------
 
 
-class _ReadGuard:
-    """Bounds how long pyfuse3's blocking read can hold the GIL after its request vanished (module docstring).
-
-    While the loop is awake an interval timer is armed; its SIGALRM makes a read that blocks return EINTR, and pyfuse3
-    goes on waiting properly. Going to sleep disarms it, so an idle daemon takes no signals. Two setitimer(2) calls a
-    wake-up take about 1 µs. (O_NONBLOCK is no way out: pyfuse3 takes EAGAIN for the end.) It is a trio Instrument.
-    """
-
-    PERIOD = 0.05
-    """Seconds: far above what a wake-up takes, and short enough that nobody notices."""
-
-    def before_io_wait(self, timeout: float) -> None:
-        if timeout > 0:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-
-    def after_io_wait(self, timeout: float) -> None:  # noqa: ARG002 (trio's signature)
-        signal.setitimer(signal.ITIMER_REAL, self.PERIOD, self.PERIOD)
+Serve = Callable[[Callable[[], None]], None]
+"""What a driver does: serve until the mount ends, calling its argument once the mount answers."""
 
 
-def fuse_options(extra: Sequence[str], reference: str) -> set[str]:
-    """Options for libfuse: ours, then the user's (``-o``). Raises `UsageError` for one that could not work."""
-    # A comma separates options; libfuse takes a backslash to mean the next character itself (fuse_opt.h).
-    shown = reference.encode(errors="backslashreplace").decode("ascii", errors="backslashreplace")
-    shown = shown.replace("\\", "\\\\").replace(",", "\\,")
-    options = {"ro", "nosuid", "nodev", "default_permissions", "subtype=ocifs", f"fsname={shown}"}
-    opposites = {"suid": "nosuid", "dev": "nodev", "exec": "noexec", "atime": "noatime"}
-    known = {*opposites, *opposites.values(), "allow_other", "allow_root", "auto_unmount", "default_permissions", "ro", "nonempty"}
-    for option in extra:
-        if option in ("rw", "async", "sync", "remount", "bind", "lazytime"):
-            message = f"the option {option!r} makes no sense for an image, which is read-only"
-            raise UsageError(message)
-        if option not in known:
-            message = f"the option {option!r} is not known; known are {', '.join(sorted(known))}"
-            raise UsageError(message)
-        if option in opposites:
-            options.discard(opposites[option])
-        if option not in ("nonempty", "auto_unmount", "ro"):
-            options.add(option)
-        if option == "auto_unmount":
-            options.add(option)
-    return options
+def private_place(claim: Claim) -> Path:
+    """An empty directory beside the record, for the files that EROFS is mounted from; gone when the claim is released."""
+    path = claim.path.with_suffix(".devices")
+    path.mkdir(mode=0o700, exist_ok=True)
+    if mounted_at(path) is not None:  # left by a daemon killed at just that moment
+        _detach(path, lazy=True)
+    return path
 
 
-def serve(trees: Sequence[RootFS], mountpoint: Path, options: set[str], on_ready: Callable[[], None]) -> None:
-    """Mount ``trees`` and serve them until the mount ends. ``on_ready`` is called once a stat(2) has been answered.
-
-    Raises `MachineError` if mounting fails.
-    """
-    import pyfuse3  # noqa: PLC0415 (only what mounts may need FUSE)
-    import trio  # noqa: PLC0415
-
-    from ocifs.fuse import Adapter  # noqa: PLC0415
-
-    class Guard(_ReadGuard, trio.abc.Instrument):
-        pass
-
-    async def prove() -> None:
-        await trio.to_thread.run_sync(os.stat, mountpoint)
-        on_ready()
-
-    async def obey(signals: contextlib.AbstractContextManager[object]) -> None:
-        with signals as received:
-            async for number in received:  # type: ignore[attr-defined]
-                _log.info("ending on %s", signal.Signals(number).name)
-                pyfuse3.terminate()
-                return
-
-    async def session() -> None:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(obey, trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT))
-            nursery.start_soon(prove)
-            # Each worker beyond the first is started under load and takes a 1 MiB buffer; have some from the start.
-            await pyfuse3.main(min_tasks=8)
-            nursery.cancel_scope.cancel()
-
-    adapter = Adapter(trees)
-    signal.signal(signal.SIGALRM, lambda *_: None)
-    try:
-        pyfuse3.init(adapter, str(mountpoint), options)
-    except RuntimeError as error:
-        message = f"mounting on {mountpoint} failed ({error}); 'ocifs doctor' says what this machine lacks"
-        raise MachineError(message) from error
-    try:
-        trio.run(session, instruments=[Guard()])
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        pyfuse3.close(unmount=True)
-
-
-def run_foreground(trees: Sequence[RootFS], mountpoint: Path, options: set[str], record: Record, claim: Claim) -> None:
+def run_foreground(serve: Serve, record: Record, claim: Claim) -> None:
     """Serve in this process until the mount ends."""
     try:
         claim.write(msgspec.structs.replace(record, pid=os.getpid()))
-        serve(trees, mountpoint, options, lambda: _log.info("%s is mounted on %s", record.reference, mountpoint))
+        serve(lambda: _log.info("%s is mounted on %s", record.reference, record.mountpoint))
     finally:
         claim.release()
 
 
-def run_background(trees: Sequence[RootFS], mountpoint: Path, options: set[str], record: Record, claim: Claim) -> None:
+def run_background(serve: Serve, record: Record, claim: Claim) -> None:
     """Fork a daemon that serves; return when the mount answers, or raise what the daemon says went wrong."""
     told, tell = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(told)
-        _daemon(trees, mountpoint, options, record, claim, tell)
+        _daemon(serve, record, claim, tell)
     os.close(tell)
-    answer = b""
     with os.fdopen(told, "rb") as pipe:
         answer = pipe.readline()
     if answer == b"ready\n":
@@ -399,13 +345,11 @@ def run_background(trees: Sequence[RootFS], mountpoint: Path, options: set[str],
     os.waitpid(child, 0)
     if answer:
         raise MachineError(answer.decode().rstrip("\n"))
-    message = f"the daemon for {mountpoint} died before the mount answered"
+    message = f"the daemon for {record.mountpoint} died before the mount answered"
     raise MachineError(message)
 
 
-def _daemon(
-    trees: Sequence[RootFS], mountpoint: Path, options: set[str], record: Record, claim: Claim, tell: int
-) -> NoReturn:
+def _daemon(serve: Serve, record: Record, claim: Claim, tell: int) -> NoReturn:
     """Be the daemon; never returns. What goes wrong before readiness is told through the pipe, later into the log."""
     status = 0
     try:
@@ -423,13 +367,13 @@ def _daemon(
             os.write(tell, b"ready\n")
             os.close(tell)
 
-        serve(trees, mountpoint, options, ready)
+        serve(ready)
     except OcifsError as error:
         status = error.exit_code
         _log.error("%s", error)  # noqa: TRY400 (an expected failure: the sentence is enough)
         with contextlib.suppress(OSError):
             os.write(tell, f"{error}\n".encode())
-    except BaseException:
+    except BaseException:  # noqa: BLE001 (nothing may return into the parent's code)
         status = 70  # EX_SOFTWARE in sysexits.h: a bug
         _log.exception("the daemon ended in a way that was not foreseen")
     finally:
@@ -468,15 +412,15 @@ def unmount(mountpoint: Path, *, lazy: bool = False) -> None:
     daemon does not end within `GOODBYE` seconds.
     """
     path = _real(mountpoint)
-    there = mounted_at(path)
-    if there is None or there.fs_type != FS_TYPE:
-        message = f"nothing of ocifs is mounted on {mountpoint}; 'ocifs ps' lists what is"
-        raise NotFoundError(message)
-    record = next((one for one in records() if one.mountpoint == str(path)), None)
-    daemon = _pidfd(record.pid) if record else None
+    with _looked_at(_record_path(path)) as (record, alive):
+        if not _is_ours(mounted_at(path), record):
+            message = f"nothing of ocifs is mounted on {mountpoint}; 'ocifs ps' lists what is"
+            raise NotFoundError(message)
+    dead = not alive and (record is not None or _is_dead(path))
+    daemon = _pidfd(record.pid) if record and alive else None
     try:
         try:
-            _detach(path, lazy=lazy or _is_dead(path))
+            _detach(path, lazy=lazy or dead)
         except OSError as error:
             if error.errno == errno.EBUSY:
                 message = f"{path} is in use by {_users(path)}; end them, or say --lazy"

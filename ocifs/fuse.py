@@ -1,6 +1,8 @@
-"""FUSE protocol adapter: pyfuse3's calls to the view's answers; types and errnos, nothing else.
+"""FUSE protocol adapters: pyfuse3's calls to the views' answers; types and errnos, nothing else.
 
-It serves a *forest*: several trees below one root, since a process can hold one FUSE session only. An inode number is
+Two things can be served: an image (`Adapter`), or the files that the kernel's EROFS is mounted from (`DeviceAdapter`).
+
+An image is served as a *forest*: several trees below one root, since a process can hold one FUSE session only. An inode number is
 ``tree number * 2**40 + nid``; the image itself is tree 0, so its inode numbers are the nids of its tree file.
 
 Nothing served here ever changes, so the kernel may keep everything for ever: entry, attribute and negative-entry
@@ -20,12 +22,14 @@ import errno
 import functools
 import logging
 import os
+import stat
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import pyfuse3
 
+from ocifs.devices import DeviceFile
 from ocifs.errors import OcifsError
 from ocifs.rootfs import RootFS
 from ocifs.tree import Kind
@@ -46,15 +50,16 @@ BLKSIZE = 128 << 10
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
+_A = TypeVar("_A", bound="_ReadOnly")
 
 
 def _answering(
-    operation: Callable[Concatenate[Adapter, _P], Coroutine[Any, Any, _R]],
-) -> Callable[Concatenate[Adapter, _P], Coroutine[Any, Any, _R]]:
+    operation: Callable[Concatenate[_A, _P], Coroutine[Any, Any, _R]],
+) -> Callable[Concatenate[_A, _P], Coroutine[Any, Any, _R]]:
     """Make an operation answer with an errno whatever happens: the session must survive every request."""
 
     @functools.wraps(operation)
-    async def answered(self: Adapter, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+    async def answered(self: _A, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
         try:
             return await operation(self, *args, **kwargs)
         except pyfuse3.FUSEError:
@@ -71,11 +76,47 @@ def _answering(
     return answered
 
 
-class Adapter(pyfuse3.Operations):
-    """A forest of views as a read-only FUSE file system. ``errors`` counts the requests that were answered with EIO."""
+class _ReadOnly(pyfuse3.Operations):
+    """What all our file systems have in common. ``errors`` counts the requests that failed for a reason of ours."""
 
     enable_writeback_cache = False
     supports_dot_lookup = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.errors = 0
+
+    async def forget(self, inode_list: Sequence[tuple[pyfuse3.InodeT, int]]) -> None:
+        """FORGET: nothing to do, inode numbers are for ever."""
+
+    async def opendir(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileHandleT:
+        """OPENDIR: the handle is the inode number."""
+        return pyfuse3.FileHandleT(inode)
+
+    async def releasedir(self, fh: pyfuse3.FileHandleT) -> None:
+        """RELEASEDIR: nothing is held."""
+
+    async def flush(self, fh: pyfuse3.FileHandleT) -> None:
+        """FLUSH: the kernel stops asking after one ENOSYS."""
+        raise pyfuse3.FUSEError(errno.ENOSYS)
+
+    async def release(self, fh: pyfuse3.FileHandleT) -> None:
+        """RELEASE: nothing is held."""
+
+    async def access(self, inode: pyfuse3.InodeT, mode: pyfuse3.ModeT, ctx: pyfuse3.RequestContext) -> bool:
+        """ACCESS: the kernel has checked the mode bits already; what is left is that nothing can be written."""
+        return not mode & os.W_OK
+
+    async def _refused(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401, ARG002 (stands for a dozen signatures)
+        raise pyfuse3.FUSEError(errno.EROFS)
+
+    # The kernel refuses these itself on a mount with `ro`; a mount remounted without it still cannot be written.
+    create = mknod = mkdir = unlink = rmdir = symlink = rename = link = setattr = write = _refused
+    setxattr = removexattr = _refused
+
+
+class Adapter(_ReadOnly):
+    """A forest of views as a read-only FUSE file system."""
 
     def __init__(self, trees: Sequence[RootFS]) -> None:
         """Serve ``trees``; the first is the image, whose root is the mount's root."""
@@ -89,7 +130,6 @@ class Adapter(pyfuse3.Operations):
         self._missing.st_ino = pyfuse3.InodeT(0)
         self._missing.entry_timeout = FOREVER
         self._has_xattrs = any(tree.tree.metadata.any_xattr for tree in trees)
-        self.errors = 0
 
     def _at(self, inode: int) -> tuple[RootFS, int, int]:
         """The view, the nid in it, and what to add to its nids."""
@@ -143,14 +183,6 @@ class Adapter(pyfuse3.Operations):
         view, nid, _ = self._at(inode)
         return pyfuse3.FileNameT(view.readlink(nid))
 
-    async def forget(self, inode_list: Sequence[tuple[pyfuse3.InodeT, int]]) -> None:
-        """FORGET: nothing to do, inode numbers are for ever."""
-
-    @_answering
-    async def opendir(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileHandleT:
-        """OPENDIR: the handle is the inode number."""
-        return pyfuse3.FileHandleT(inode)
-
     @_answering
     async def readdir(self, fh: pyfuse3.FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         """READDIRPLUS from position ``start_id`` until the reply is full."""
@@ -159,9 +191,6 @@ class Adapter(pyfuse3.Operations):
         for name, child, _, following in view.readdir(nid, start_id):
             if not reply(token, name, attr(base | child), following):
                 break
-
-    async def releasedir(self, fh: pyfuse3.FileHandleT) -> None:
-        """RELEASEDIR: nothing is held."""
 
     # -- data ----------------------------------------------------------------------------------------------------
 
@@ -182,13 +211,6 @@ class Adapter(pyfuse3.Operations):
         view, nid, _ = self._at(fh)
         # pyfuse3 says bytes and takes anything with the buffer protocol.
         return await view.read(nid, off, size)  # type: ignore[return-value]
-
-    async def flush(self, fh: pyfuse3.FileHandleT) -> None:
-        """FLUSH: the kernel stops asking after one ENOSYS."""
-        raise pyfuse3.FUSEError(errno.ENOSYS)
-
-    async def release(self, fh: pyfuse3.FileHandleT) -> None:
-        """RELEASE: nothing is held."""
 
     # -- the rest ------------------------------------------------------------------------------------------------
 
@@ -229,13 +251,78 @@ class Adapter(pyfuse3.Operations):
         view, nid, _ = self._at(inode)
         return [pyfuse3.XAttrNameT(name) for name in view.xattrs(nid)]
 
-    async def access(self, inode: pyfuse3.InodeT, mode: pyfuse3.ModeT, ctx: pyfuse3.RequestContext) -> bool:
-        """ACCESS: the kernel has checked the mode bits already; what is left is that nothing can be written."""
-        return not mode & os.W_OK
 
-    async def _refused(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401, ARG002 (stands for a dozen signatures)
-        raise pyfuse3.FUSEError(errno.EROFS)
+class DeviceAdapter(_ReadOnly):
+    """Device files in one flat directory, for the kernel's EROFS: the first is called ``0``, the next ``1``, and so on.
 
-    # The kernel refuses these itself on a mount with `ro`; a mount remounted without it still cannot be written.
-    create = mknod = mkdir = unlink = rmdir = symlink = rename = link = setattr = write = _refused
-    setxattr = removexattr = _refused
+    Inode 1 is the directory, inode N + 2 the file called N.
+    """
+
+    def __init__(self, files: Sequence[DeviceFile]) -> None:
+        """Serve ``files``."""
+        super().__init__()
+        self._files = tuple(files)
+
+    def _attr(self, inode: int) -> pyfuse3.EntryAttributes:
+        entry = pyfuse3.EntryAttributes()
+        entry.st_ino = pyfuse3.InodeT(inode)
+        entry.entry_timeout = entry.attr_timeout = FOREVER
+        if inode == pyfuse3.ROOT_INODE:
+            entry.st_mode = pyfuse3.ModeT(stat.S_IFDIR | 0o700)
+            entry.st_nlink = 2
+        else:
+            entry.st_mode = pyfuse3.ModeT(stat.S_IFREG | 0o400)
+            entry.st_nlink = 1
+            entry.st_size = self._files[inode - 2].size
+        entry.st_uid, entry.st_gid = os.geteuid(), os.getegid()
+        entry.st_blksize = BLKSIZE
+        return entry
+
+    @_answering
+    async def lookup(
+        self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        """LOOKUP."""
+        if not name.isdigit() or int(name) >= len(self._files):
+            raise pyfuse3.FUSEError(errno.ENOENT)
+        return self._attr(int(name) + 2)
+
+    @_answering
+    async def getattr(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        """GETATTR."""
+        return self._attr(inode)
+
+    @_answering
+    async def readdir(self, fh: pyfuse3.FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        """READDIRPLUS."""
+        for number in range(start_id, len(self._files)):
+            name = pyfuse3.FileNameT(b"%d" % number)
+            if not pyfuse3.readdir_reply(token, name, self._attr(number + 2), number + 1):
+                break
+
+    @_answering
+    async def open(
+        self, inode: pyfuse3.InodeT, flags: pyfuse3.FlagT, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.FileInfo:
+        """OPEN: cached pages stay valid."""
+        return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(inode), keep_cache=True)
+
+    @_answering
+    async def read(self, fh: pyfuse3.FileHandleT, off: int, size: int) -> bytes:
+        """READ."""
+        file = self._files[fh - 2]
+        size = min(size, file.size - off)
+        # pyfuse3 says bytes and takes anything with the buffer protocol.
+        return await file.read(off, size) if size > 0 else b""  # type: ignore[return-value]
+
+    async def getxattr(
+        self, inode: pyfuse3.InodeT, name: pyfuse3.XAttrNameT, ctx: pyfuse3.RequestContext
+    ) -> bytes:
+        """GETXATTR: the kernel stops asking after one ENOSYS."""
+        raise pyfuse3.FUSEError(errno.ENOSYS)
+
+    async def listxattr(
+        self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext
+    ) -> Sequence[pyfuse3.XAttrNameT]:
+        """LISTXATTR, likewise."""
+        raise pyfuse3.FUSEError(errno.ENOSYS)

@@ -29,6 +29,7 @@ _FSCONFIG_SET_STRING: Final = 1
 _FSCONFIG_CMD_CREATE: Final = 6
 _FSMOUNT_CLOEXEC: Final = 1
 _MOUNT_ATTR_RDONLY: Final = 1
+_MOUNT_ATTRIBUTES: Final = {"nosuid": 2, "nodev": 4, "noexec": 8, "noatime": 0x10}
 _MOVE_MOUNT_F_EMPTY_PATH: Final = 4
 
 _AT_FDCWD: Final = -100
@@ -39,16 +40,20 @@ _libc: Final = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 
 
-def mount_erofs(source: bytes, devices: Sequence[bytes], target: bytes, *, flags: Sequence[str] = ()) -> None:
+def mount_erofs(
+    source: bytes, devices: Sequence[bytes], target: bytes, *, flags: Sequence[str] = (), attributes: Sequence[str] = ()
+) -> None:
     """Mount the EROFS image in the file ``source`` on the directory ``target``, read-only.
 
     ``devices`` are the files of the extra devices in the order of the image's device table: all of them or, on pain of
-    reading file data from the wrong place, none of that image's files. ``flags`` are further options without a value.
+    reading file data from the wrong place, none of that image's files. ``flags`` are further options of EROFS without a
+    value, ``attributes`` those of any mount: of mount(8)'s words for them nosuid, nodev, noexec and noatime count.
     Blocks while the kernel reads the superblock: if this very process serves ``source``, call it in a thread.
 
     Raises `MachineError` with what the kernel said; nothing stays mounted then.
     """
-    mount = _create(source, devices, flags)
+    attached = _MOUNT_ATTR_RDONLY | sum(_MOUNT_ATTRIBUTES.get(word, 0) for word in set(attributes))
+    mount = _create(source, devices, flags, attached)
     try:
         _call("move_mount", _MOVE_MOUNT, mount, b"", _AT_FDCWD, target, _MOVE_MOUNT_F_EMPTY_PATH)
     except OSError as error:
@@ -58,7 +63,7 @@ def mount_erofs(source: bytes, devices: Sequence[bytes], target: bytes, *, flags
         os.close(mount)
 
 
-def _create(source: bytes, devices: Sequence[bytes], flags: Sequence[str]) -> int:
+def _create(source: bytes, devices: Sequence[bytes], flags: Sequence[str], attributes: int) -> int:
     """Make the mount, not yet attached anywhere: a descriptor whose closing would end it."""
     try:
         context = _call("fsopen", _FSOPEN, b"erofs", _FSOPEN_CLOEXEC)
@@ -72,7 +77,7 @@ def _create(source: bytes, devices: Sequence[bytes], flags: Sequence[str]) -> in
         for flag in flags:
             _call("fsconfig", _FSCONFIG, context, _FSCONFIG_SET_FLAG, flag.encode(), None, 0)
         _call("fsconfig", _FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0)
-        return _call("fsmount", _FSMOUNT, context, _FSMOUNT_CLOEXEC, _MOUNT_ATTR_RDONLY)
+        return _call("fsmount", _FSMOUNT, context, _FSMOUNT_CLOEXEC, attributes)
     except OSError as error:
         said = _messages(context)
         message = f"the kernel cannot mount {os.fsdecode(source)} as EROFS: {error.strerror}{said and f' ({said})'}"

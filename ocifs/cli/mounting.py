@@ -7,6 +7,8 @@ what is claimed is released however it ends. `ocifs.daemon` does the rest.
 from __future__ import annotations
 
 import contextlib
+import logging
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -24,7 +26,9 @@ if TYPE_CHECKING:
 
     from ocifs.daemon import Record
 
-_DRIVERS: Final = ("auto", "fuse")
+_log = logging.getLogger(__name__)
+
+_DRIVERS: Final = ("auto", "erofs", "fuse")
 
 
 def _complete_mountpoint(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -41,7 +45,7 @@ def _complete_mountpoint(_: click.Context, __: click.Parameter, incomplete: str)
         "ocifs mount --foreground -v containerd:docker.io/library/redis:7 /mnt",
     )
 )
-@click.option("--driver", type=click.Choice(_DRIVERS), default="auto", help="How the tree reaches the kernel.")
+@click.option("--driver", type=click.Choice(_DRIVERS), default="fuse", help="How the tree reaches the kernel.")
 @click.option("-f", "--foreground", is_flag=True, help="Serve in this process, until the mount ends.")
 @click.option("-o", "fuse_words", metavar="OPT[,OPT…]", multiple=True, help="Mount options, as allow_other or noexec.")
 @opt.ref_argument
@@ -55,22 +59,29 @@ def mount(
     A daemon goes on serving it in the background until it is unmounted. Layers that were never seen before are indexed
     first; after that a mount takes no longer than starting ocifs.
     """
-    from ocifs import daemon  # noqa: PLC0415 (only what mounts loads FUSE)
+    from ocifs import daemon, driver as drivers  # noqa: PLC0415 (only what mounts loads FUSE)
 
     words = [word for group in fuse_words for word in group.split(",") if word]
-    options = daemon.fuse_options(words, ref)
-    choice.image_options()  # refused before anything else is done
+    options = drivers.check_options(words)
+    wanted = choice.image_options()  # refused before anything else is done
     cache_bytes = choice.cache_bytes()
     daemon.check_machine()
     mountpoint = daemon.prepare_mountpoint(Path(directory), nonempty="nonempty" in words)
-    # auto means fuse: there is no other driver yet.
-    used = "fuse" if driver == "auto" else driver
+    used, reason = drivers.choose(
+        driver,
+        options=options,
+        examining=wanted.examine or wanted.layer is not None,
+        runtime=daemon.runtime_dir(),
+    )
+    if driver == "auto" and used == "fuse":
+        _log.info("using the fuse driver: %s", reason)
     claim = daemon.Claim(mountpoint)
     with contextlib.ExitStack() as undo:
         undo.callback(claim.release)
         with opt.opened_store(choice) as store, opt.opened_image(choice, ref, store=store) as image:
+            from ocifs.devices import device_files  # noqa: PLC0415
             from ocifs.rootfs import view  # noqa: PLC0415
-            from ocifs.spans import SpanCache  # noqa: PLC0415
+            from ocifs.spans import SpanCache, SpanReader  # noqa: PLC0415
 
             record = daemon.Record(
                 mountpoint=str(mountpoint),
@@ -83,10 +94,16 @@ def mount(
                 cache=str(store.path),
                 log=str(claim.log),
             )
-            trees = [view(image, cache=SpanCache(cache_bytes))]
+            cache = SpanCache(cache_bytes)
+            if used == "erofs":
+                spans = SpanReader([layer.data for layer in image.layers], cache)
+                files, private = device_files(image, spans), daemon.private_place(claim)
+                serve = partial(drivers.serve_erofs, files, mountpoint, private, options)
+            else:
+                serve = partial(drivers.serve_fuse, [view(image, cache)], mountpoint, options, ref)
             undo.pop_all()  # the daemon releases the claim from here on
             run = daemon.run_foreground if foreground else daemon.run_background
-            run(trees, mountpoint, options, record, claim)
+            run(serve, record, claim)
 
 
 @click.command(epilog=opt.examples("ocifs umount /mnt", "ocifs umount --lazy /mnt/a /mnt/b"))

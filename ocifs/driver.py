@@ -1,0 +1,410 @@
+"""How an image reaches the kernel: the ``fuse`` driver, the ``erofs`` driver, and which of them can work here.
+
+``fuse``
+    One FUSE session at the mount point; every name, attribute and byte is asked of this process (`ocifs.fuse.Adapter`).
+    Works everywhere, without root too, and can show what only ocifs knows (examination).
+
+``erofs`` (root, Linux ≥ 6.12)
+    The kernel's EROFS reads the image tree itself, so names, attributes, links and xattrs cost no round trip; FUSE is
+    asked only for data, in large pieces. Its files come from a FUSE session at a private place (`ocifs.fuse.DeviceAdapter`),
+    which is detached as soon as EROFS has them open. What remains is one mount, and unmounting it ends everything: EROFS
+    closes its files, with the last of them the detached FUSE mount goes, and the kernel ends our session.
+
+Which of them
+    EROFS must be trusted to answer EIO when a device fails. Some kernels fill the page with zeros instead and keep it:
+    wrong bytes for everyone. So `auto` takes ``erofs`` only after `probe` has seen a failing device answered with EIO on
+    this very kernel; what it saw is kept until the next boot.
+
+Concurrency contract
+    One thread runs trio and pyfuse3. Everything that makes the kernel ask us something in return (mounting EROFS, stat of
+    the mount point, unmounting) runs in a worker thread, or we would wait for ourselves.
+    pyfuse3 reads the FUSE descriptor with the GIL held; see `_ReadGuard`, and `_Spin` for what happens between requests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from ocifs import kernel
+from ocifs.devices import DeviceFile
+from ocifs.errors import MachineError, OcifsError, UsageError
+from ocifs.rootfs import RootFS
+
+_log = logging.getLogger(__name__)
+
+READAHEAD = 1024
+"""KiB that the kernel may read ahead on our mounts, where we may say so: 1 MiB, the largest FUSE request. Default: 128."""
+
+_OPPOSITES = {"suid": "nosuid", "dev": "nodev", "exec": "noexec", "atime": "noatime"}
+_FUSE_ONLY = frozenset({"allow_other", "allow_root", "auto_unmount", "default_permissions"})
+_KNOWN = frozenset({*_OPPOSITES, *_OPPOSITES.values(), *_FUSE_ONLY, "ro", "nonempty"})
+_SENSELESS = frozenset({"rw", "async", "sync", "remount", "bind", "lazytime"})
+_ALWAYS = ("nosuid", "nodev")
+"""Unless told otherwise: an image is somebody else's, and browsing it needs neither."""
+
+
+# -- options -------------------------------------------------------------------------------------------------------
+
+
+def check_options(words: Sequence[str]) -> tuple[str, ...]:
+    """Give the mount options in force: the user's (``-o``), after our defaults. `UsageError` for one that cannot work."""
+    options = dict.fromkeys(_ALWAYS)
+    for word in words:
+        if word in _SENSELESS:
+            message = f"the option {word!r} makes no sense for an image, which is read-only"
+            raise UsageError(message)
+        if word not in _KNOWN:
+            message = f"the option {word!r} is not known; known are {', '.join(sorted(_KNOWN))}"
+            raise UsageError(message)
+        opposite = _OPPOSITES.get(word) or next((name for name, no in _OPPOSITES.items() if no == word), "")
+        options.pop(opposite, None)
+        options[word] = None
+    return tuple(options)
+
+
+def _libfuse_options(options: Sequence[str], reference: str) -> set[str]:
+    # A comma separates options; libfuse takes a backslash to mean the next character itself (lib/fuse_opt.c).
+    shown = reference.encode(errors="surrogateescape").decode("ascii", errors="backslashreplace")
+    shown = shown.replace("\\", "\\\\").replace(",", "\\,")
+    ours = {"ro", "default_permissions", "subtype=ocifs", f"fsname={shown}"}
+    # What FUSE does unless told not to is no option of libfuse's; the place was checked for being empty already.
+    return ours | {option for option in options if option not in {*_OPPOSITES, "nonempty"}}
+
+
+# -- a session -----------------------------------------------------------------------------------------------------
+
+
+class _ReadGuard:
+    """Bounds how long pyfuse3's blocking read can hold the GIL after its request has vanished.
+
+    pyfuse3 waits until the FUSE descriptor is readable and then reads it, blocking, with the GIL held. If a reader is
+    killed between the two, its request is gone, and every thread of this process stands still until somebody sends
+    another one: for ever, if everybody else waits for a decode. O_NONBLOCK is no way out (pyfuse3 takes EAGAIN for the
+    end), but EINTR is: it makes pyfuse3 wait again. So while the loop is awake an interval timer is armed, whose SIGALRM
+    does nothing but interrupt. Going to sleep disarms it: an idle daemon takes no signals. The two setitimer(2) calls
+    take 1 µs a wake-up.
+    """
+
+    PERIOD = 0.05
+    """Seconds: far above what a wake-up takes, and short enough that nobody notices."""
+
+    def before_io_wait(self, timeout: float) -> None:
+        """Disarm (trio.abc.Instrument)."""
+        if timeout > 0:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def after_io_wait(self, timeout: float) -> None:  # noqa: ARG002 (trio's signature)
+        """Arm (trio.abc.Instrument)."""
+        signal.setitimer(signal.ITIMER_REAL, self.PERIOD, self.PERIOD)
+
+
+def _run_session(
+    adapter: object, place: Path, options: set[str], begin: Callable[[], Awaitable[None]], end: Callable[[], Awaitable[None]]
+) -> None:
+    """Mount ``adapter`` on ``place`` and serve it until the mount goes or a signal comes.
+
+    ``begin`` runs once requests are served; what it raises ends the session and is raised here. ``end`` runs when SIGTERM
+    or SIGINT asks us to go, before the session is closed.
+    """
+    import pyfuse3  # noqa: PLC0415 (only what mounts may need FUSE)
+    import trio  # noqa: PLC0415
+
+    class Guard(_ReadGuard, trio.abc.Instrument):
+        pass
+
+    failed: list[OcifsError] = []
+
+    async def obey(ready: trio.Event) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as received:
+            ready.set()
+            async for number in received:
+                _log.info("ending on %s", signal.Signals(number).name)
+                await end()
+                pyfuse3.terminate()
+                return
+
+    async def start() -> None:
+        try:
+            await begin()
+        except OcifsError as error:
+            failed.append(error)
+            pyfuse3.terminate()
+
+    async def session() -> None:
+        async with trio.open_nursery() as nursery:
+            listening = trio.Event()
+            nursery.start_soon(obey, listening)
+            await listening.wait()
+            nursery.start_soon(start)
+            # Each worker beyond the first is started under load and takes a 1 MiB buffer; have some from the start.
+            await pyfuse3.main(min_tasks=8)
+            nursery.cancel_scope.cancel()
+
+    signal.signal(signal.SIGALRM, lambda *_: None)
+    try:
+        pyfuse3.init(adapter, str(place), options)
+    except RuntimeError as error:
+        message = f"mounting on {place} failed ({error}); 'ocifs doctor' says what this machine lacks"
+        raise MachineError(message) from error
+    try:
+        trio.run(session, instruments=[Guard()])
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        pyfuse3.close(unmount=True)
+    if failed:
+        raise failed[0]
+
+
+async def _in_thread(function: Callable[..., object], *arguments: object) -> None:
+    import trio  # noqa: PLC0415
+
+    await trio.to_thread.run_sync(lambda: function(*arguments))
+
+
+def _raise_readahead(device: int) -> None:
+    """Let the kernel read further ahead on the file system with this st_dev, if we may."""
+    path = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")
+    with contextlib.suppress(OSError):  # not root, or no such knob: slower, not wrong
+        path.write_text(f"{READAHEAD}\n")
+
+
+# -- the drivers ---------------------------------------------------------------------------------------------------
+
+
+def serve_fuse(
+    trees: Sequence[RootFS], mountpoint: Path, options: Sequence[str], reference: str, on_ready: Callable[[], None]
+) -> None:
+    """Serve ``trees`` at ``mountpoint`` until the mount ends. ``on_ready`` is called once a stat(2) was answered.
+
+    Raises `MachineError` if mounting fails.
+    """
+    from ocifs.fuse import Adapter  # noqa: PLC0415
+
+    def prove() -> None:
+        _raise_readahead(os.stat(mountpoint).st_dev)
+
+    async def begin() -> None:
+        await _in_thread(prove)
+        on_ready()
+
+    async def end() -> None:
+        pass  # pyfuse3 unmounts
+
+    _run_session(Adapter(trees), mountpoint, _libfuse_options(options, reference), begin, end)
+
+
+def serve_erofs(
+    files: Sequence[DeviceFile], mountpoint: Path, private: Path, options: Sequence[str], on_ready: Callable[[], None]
+) -> None:
+    """Mount EROFS at ``mountpoint``, its files served by us at ``private``; serve until the mount ends.
+
+    ``private`` is an empty directory of ours; it is in use only until EROFS is mounted. Raises `MachineError` if the kernel
+    refuses.
+    """
+    from ocifs.fuse import DeviceAdapter  # noqa: PLC0415
+
+    mounted = False
+
+    def mount() -> None:
+        nonlocal mounted
+        _raise_readahead(os.stat(private).st_dev)
+        names = [os.fsencode(private / str(number)) for number in range(len(files))]
+        kernel.mount_erofs(names[0], names[1:], os.fsencode(mountpoint), attributes=options)
+        mounted = True
+        kernel.unmount(os.fsencode(private), flags=kernel.MNT_DETACH)
+        _raise_readahead(os.stat(mountpoint).st_dev)
+
+    def unmount() -> None:
+        if mounted:
+            # Whoever still uses the mount keeps it, but loses us: what the kernel has not cached reads EIO from then on.
+            with contextlib.suppress(OcifsError):
+                kernel.unmount(os.fsencode(mountpoint), flags=kernel.MNT_DETACH)
+
+    async def begin() -> None:
+        await _in_thread(mount)
+        on_ready()
+
+    async def end() -> None:
+        await _in_thread(unmount)
+
+    _run_session(DeviceAdapter(files), private, {"ro", "nosuid", "nodev", "noexec", "subtype=ocifs-devices", "fsname=ocifs"}, begin, end)
+
+
+# -- which of them -------------------------------------------------------------------------------------------------
+
+ERO_FS_SINCE = (6, 12)
+"""The first Linux whose EROFS takes plain files as source and devices (fs/erofs/Kconfig: EROFS_FS_BACKED_BY_FILE)."""
+
+
+class Verdict(msgspec.Struct, frozen=True):
+    """Whether the ``erofs`` driver can be used on this machine, and if not, why not and what to do."""
+
+    works: bool
+    reason: str = ""
+
+
+def erofs_verdict(runtime: Path) -> Verdict:
+    """Tell whether the ``erofs`` driver works here, probing once per boot; what came out is kept in ``runtime``."""
+    if os.geteuid() != 0:
+        return Verdict(works=False, reason="only root can mount EROFS")
+    release = os.uname().release
+    numbers = tuple(int(word) for word in release.split("-")[0].split(".")[:2] if word.isdigit())
+    if numbers < ERO_FS_SINCE:
+        return Verdict(works=False, reason=f"Linux {release} mounts EROFS from block devices only; 6.12 or newer takes files")
+    kept = runtime / "erofs-probe.json"
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    with contextlib.suppress(OSError, msgspec.MsgspecError):
+        seen = msgspec.json.decode(kept.read_bytes(), type=_Probed)
+        if (seen.boot, seen.release) == (boot, release):
+            return seen.verdict
+    verdict = probe(runtime)
+    new = kept.with_suffix(".new")
+    new.write_bytes(msgspec.json.encode(_Probed(boot, release, verdict)))
+    new.rename(kept)
+    return verdict
+
+
+DRIVERS = ("auto", "erofs", "fuse")
+"""What ``--driver`` takes."""
+
+
+def choose(wanted: str, *, options: Sequence[str], examining: bool, runtime: Path) -> tuple[str, str]:
+    """Give the driver to use, and why it is not ``erofs`` where that was possible: ``("fuse", "only root can …")``.
+
+    Raises `UsageError` or `MachineError` if ``erofs`` was asked for by name and cannot be.
+    """
+    if wanted == "fuse":
+        return "fuse", "it was asked for"
+    only = sorted(_FUSE_ONLY.intersection(options))
+    if examining:
+        wrong, reason = UsageError, "examination shows what only the fuse driver can"
+    elif only:
+        wrong, reason = UsageError, f"the option {only[0]} is FUSE's: under erofs a mount is everyone's, as any other is"
+    else:
+        verdict = erofs_verdict(runtime)
+        if verdict.works:
+            return "erofs", ""
+        wrong, reason = MachineError, verdict.reason
+    if wanted == "erofs":
+        message = f"the erofs driver cannot be used: {reason}"
+        raise wrong(message)
+    return "fuse", reason
+
+
+class _Probed(msgspec.Struct, frozen=True):
+    boot: str
+    release: str
+    verdict: Verdict
+
+
+_GOOD = b"ocifs probe. " * 315 + b"\n"
+"""What the first half of the probe's file holds: 4096 bytes."""
+_PROBE_TIME = 20.0
+"""Seconds after which a probe that hangs counts as failed."""
+
+
+def probe(runtime: Path) -> Verdict:
+    """Mount a tiny image whose device fails in its second half, and see what the kernel makes of that.
+
+    The session runs in a process of its own, and the file is read by this one.
+    """
+    place = runtime / f"probe.{os.getpid()}"
+    try:
+        (place / "private").mkdir(mode=0o700, parents=True)
+        (place / "mnt").mkdir(mode=0o700)
+        return _probe_at(place)
+    except OSError as error:
+        return Verdict(works=False, reason=f"the probe could not run: {error}")
+    finally:
+        with contextlib.suppress(OcifsError):
+            kernel.unmount(os.fsencode(place / "mnt"), flags=kernel.MNT_DETACH)
+        for name in ("mnt", "private", ""):
+            with contextlib.suppress(OSError):
+                (place / name).rmdir()
+
+
+def _probe_at(place: Path) -> Verdict:
+    command = [sys.executable, "-m", "ocifs.driver", str(place)]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as child:  # noqa: S603
+        try:
+            assert child.stdout is not None
+            if not select.select([child.stdout], [], [], _PROBE_TIME)[0]:
+                return Verdict(works=False, reason="the probe's mount did not answer")
+            told = child.stdout.readline().decode().strip()
+            if told != "ready":
+                return Verdict(works=False, reason=told or "the probe ended without a word")
+            return _probe_read(place / "mnt" / "file")
+        finally:
+            with contextlib.suppress(OcifsError):
+                kernel.unmount(os.fsencode(place / "mnt"))
+            child.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(_PROBE_TIME)
+            child.kill()
+
+
+def _probe_read(path: Path) -> Verdict:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        if os.pread(fd, len(_GOOD), 0) != _GOOD:
+            return Verdict(works=False, reason="the kernel's EROFS read wrong bytes from a good device")
+        try:
+            got = os.pread(fd, len(_GOOD), len(_GOOD))
+        except OSError as error:
+            if error.errno == errno.EIO:
+                return Verdict(works=True)
+            return Verdict(works=False, reason=f"a failing device was answered with {error.strerror}")
+        kind = "zeros" if not any(got) else "something"
+        return Verdict(works=False, reason=f"this kernel's EROFS makes {kind} of data that cannot be read, instead of an error")
+    finally:
+        os.close(fd)
+
+
+class _Bytes(NamedTuple):
+    """A device file of known bytes; beyond them it fails."""
+
+    data: bytes
+    size: int
+
+    async def read(self, offset: int, size: int) -> bytes:
+        if offset + size > len(self.data):
+            message = "the probe's device fails here, as it should"
+            raise MachineError(message)
+        return self.data[offset : offset + size]
+
+
+def _serve_probe(place: Path) -> None:
+    """Be the probe's session: a file of two pages, the second of which cannot be read."""
+    import io  # noqa: PLC0415
+
+    from ocifs.erofs import Encoder  # noqa: PLC0415
+    from ocifs.tree import Extent, Kind, Node, Origin  # noqa: PLC0415
+
+    origin, size = Origin(1, 0), 2 * len(_GOOD)
+    file = Node(Kind.FILE, origin, mode=0o444, size=size, extents=(Extent(0, 1, 0, size),))
+    root = Node(Kind.DIR, origin, children={b"file": file})
+    out = io.BytesIO()
+    Encoder(root, layers=[("probe", size)], uuid=bytes(16)).write(out)
+    tree = out.getvalue()
+    tree += bytes(-len(tree) % 4096)
+    files = [_Bytes(tree, len(tree)), _Bytes(_GOOD, size)]
+    try:
+        serve_erofs(files, place / "mnt", place / "private", _ALWAYS, lambda: print("ready", flush=True))  # noqa: T201
+    except OcifsError as error:
+        print(error, flush=True)  # noqa: T201
+
+
+if __name__ == "__main__":
+    _serve_probe(Path(sys.argv[1]))
