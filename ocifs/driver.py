@@ -33,7 +33,7 @@ import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
@@ -41,6 +41,9 @@ from ocifs import kernel
 from ocifs.devices import DeviceFile
 from ocifs.errors import MachineError, OcifsError, UsageError
 from ocifs.rootfs import RootFS
+
+if TYPE_CHECKING:
+    import pyfuse3
 
 _log = logging.getLogger(__name__)
 
@@ -111,7 +114,7 @@ class _ReadGuard:
 
 
 def _run_session(
-    adapter: object, place: Path, options: set[str], begin: Callable[[], Awaitable[None]], end: Callable[[], Awaitable[None]]
+    adapter: pyfuse3.Operations, place: Path, options: set[str], begin: Callable[[], Awaitable[None]], end: Callable[[], Awaitable[None]]
 ) -> None:
     """Mount ``adapter`` on ``place`` and serve it until the mount goes or a signal comes.
 
@@ -288,6 +291,7 @@ def choose(wanted: str, *, options: Sequence[str], examining: bool, runtime: Pat
     if wanted == "fuse":
         return "fuse", "it was asked for"
     only = sorted(_FUSE_ONLY.intersection(options))
+    wrong: type[OcifsError]
     if examining:
         wrong, reason = UsageError, "examination shows what only the fuse driver can"
     elif only:
