@@ -81,16 +81,13 @@ def ocifs(
     return run(command(*words), limit=limit, env=env)
 
 
-def start(
-    function: str, *arguments: Any, user: int | None = None, limit: float = LIMIT
-) -> subprocess.Popen[str]:
+def start(function: str, *arguments: Any, limit: float = LIMIT) -> subprocess.Popen[str]:
     """Start a function of `tests.support.agent` in the background; `answer` gives what it returned.
 
-    It kills itself after ``limit``, should nobody else. ``user`` runs it as that user and group, without privileges.
+    It kills itself a little after ``limit``, should nobody else.
     """
-    become = [] if user is None else ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups", "--inh-caps=-all"]
     return subprocess.Popen(
-        [*become, *PYTHON, "-m", "tests.support.agent", function],
+        [*PYTHON, "-m", "tests.support.agent", function],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -118,9 +115,9 @@ def answer(process: subprocess.Popen[str], *, limit: float = LIMIT) -> Any:
     return json.loads(out)
 
 
-def agent(function: str, *arguments: Any, user: int | None = None, limit: float = LIMIT) -> Any:
+def agent(function: str, *arguments: Any, limit: float = LIMIT) -> Any:
     """Run a function of `tests.support.agent` in a process of its own and give what it returned."""
-    return answer(start(function, *arguments, user=user, limit=limit), limit=limit)
+    return answer(start(function, *arguments, limit=limit), limit=limit)
 
 
 def _plain(value: Any) -> Any:
