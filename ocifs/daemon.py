@@ -29,7 +29,6 @@ import hashlib
 import logging
 import os
 import select
-import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -89,10 +88,12 @@ def runtime_dir() -> Path:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = path.lstat()
     except OSError as error:
-        message = f"cannot make the runtime directory {path}: {error.strerror}; set XDG_RUNTIME_DIR to a directory of yours"
+        message = (
+            f"cannot make the runtime directory {path}: {error.strerror}; set XDG_RUNTIME_DIR to a directory of yours"
+        )
         raise MachineError(message) from error
     if status.st_uid != os.geteuid() or status.st_mode & 0o022 or not path.is_dir():
-        message = f"the runtime directory {path} is not a directory that belongs to you alone; remove it or set XDG_RUNTIME_DIR"
+        message = f"the runtime directory {path} is not yours alone, or no directory; remove it or set XDG_RUNTIME_DIR"
         raise MachineError(message)
     return path
 
@@ -231,12 +232,18 @@ def check_machine() -> None:
     try:
         import pyfuse3  # noqa: F401, PLC0415 (asks whether it is there; everything but mounting works without)
     except ImportError as error:
-        message = f"pyfuse3 cannot be loaded ({error}); install it with: pip install 'ocifs-mount[fuse]' (needs fuse3, libfuse3-dev, pkg-config, gcc)"
+        message = (
+            f"pyfuse3 cannot be loaded ({error}); install the packages fuse3, libfuse3-dev, pkg-config and gcc, "
+            "then: pip install 'ocifs-mount[fuse]'"
+        )
         raise MachineError(message) from error
     try:
         os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
     except FileNotFoundError:
-        message = "there is no /dev/fuse; load the module with 'modprobe fuse', or start the container with '--device /dev/fuse --cap-add SYS_ADMIN'"
+        message = (
+            "there is no /dev/fuse; load the module with 'modprobe fuse', or start the container with "
+            "'--device /dev/fuse --cap-add SYS_ADMIN'"
+        )
         raise MachineError(message) from None
     except OSError as error:
         message = f"/dev/fuse cannot be opened ({error.strerror}); become root or ask for permission on it"
@@ -273,7 +280,10 @@ def prepare_mountpoint(mountpoint: Path, *, nonempty: bool = False) -> Path:
         message = f"cannot look into {mountpoint}: {error.strerror}"
         raise MachineError(message) from error
     if names and not nonempty:
-        message = f"{mountpoint} is not empty ({len(names)} names), and a mount would hide what is in it; take another directory, or say -o nonempty"
+        message = (
+            f"{mountpoint} is not empty ({len(names)} names), and a mount would hide what is in it; "
+            "take another directory, or say -o nonempty"
+        )
         raise BusyError(message)
     return path
 
@@ -370,7 +380,7 @@ def _daemon(serve: Serve, record: Record, claim: Claim, tell: int) -> NoReturn:
         serve(ready)
     except OcifsError as error:
         status = error.exit_code
-        _log.error("%s", error)  # noqa: TRY400 (an expected failure: the sentence is enough)
+        _log.error("%s", error)
         with contextlib.suppress(OSError):
             os.write(tell, f"{error}\n".encode())
     except BaseException:  # noqa: BLE001 (nothing may return into the parent's code)
@@ -468,5 +478,3 @@ def _on_device(link: Path, device: str) -> bool:
 def now_ns() -> int:
     """Nanoseconds since the epoch, for `Record.started_ns`."""
     return time.time_ns()
-
-

@@ -114,7 +114,11 @@ class _ReadGuard:
 
 
 def _run_session(
-    adapter: pyfuse3.Operations, place: Path, options: set[str], begin: Callable[[], Awaitable[None]], end: Callable[[], Awaitable[None]]
+    adapter: pyfuse3.Operations,
+    place: Path,
+    options: set[str],
+    begin: Callable[[], Awaitable[None]],
+    end: Callable[[], Awaitable[None]],
 ) -> None:
     """Mount ``adapter`` on ``place`` and serve it until the mount goes or a signal comes.
 
@@ -242,7 +246,13 @@ def serve_erofs(
     async def end() -> None:
         await _in_thread(unmount)
 
-    _run_session(DeviceAdapter(files), private, {"ro", "nosuid", "nodev", "noexec", "subtype=ocifs-devices", "fsname=ocifs"}, begin, end)
+    _run_session(
+        DeviceAdapter(files),
+        private,
+        {"ro", "nosuid", "nodev", "noexec", "subtype=ocifs-devices", "fsname=ocifs"},
+        begin,
+        end,
+    )
 
 
 # -- which of them -------------------------------------------------------------------------------------------------
@@ -265,7 +275,9 @@ def erofs_verdict(runtime: Path) -> Verdict:
     release = os.uname().release
     numbers = tuple(int(word) for word in release.split("-")[0].split(".")[:2] if word.isdigit())
     if numbers < ERO_FS_SINCE:
-        return Verdict(works=False, reason=f"Linux {release} mounts EROFS from block devices only; 6.12 or newer takes files")
+        return Verdict(
+            works=False, reason=f"Linux {release} mounts EROFS from block devices only; 6.12 or newer takes files"
+        )
     kept = runtime / "erofs-probe.json"
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     with contextlib.suppress(OSError, msgspec.MsgspecError):
@@ -295,7 +307,10 @@ def choose(wanted: str, *, options: Sequence[str], examining: bool, runtime: Pat
     if examining:
         wrong, reason = UsageError, "examination shows what only the fuse driver can"
     elif only:
-        wrong, reason = UsageError, f"the option {only[0]} is FUSE's: under erofs a mount is everyone's, as any other is"
+        wrong, reason = (
+            UsageError,
+            f"the option {only[0]} is FUSE's: under erofs a mount is everyone's, as any other is",
+        )
     else:
         verdict = erofs_verdict(runtime)
         if verdict.works:
@@ -341,10 +356,14 @@ def probe(runtime: Path) -> Verdict:
 
 def _probe_at(place: Path) -> Verdict:
     command = [sys.executable, "-m", "ocifs.driver", str(place)]
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as child:  # noqa: S603
+    with subprocess.Popen(  # noqa: S603 (no shell; our own interpreter and module)
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    ) as child:
         try:
-            assert child.stdout is not None
-            if not select.select([child.stdout], [], [], _PROBE_TIME)[0]:
+            if child.stdout is None or not select.select([child.stdout], [], [], _PROBE_TIME)[0]:
                 return Verdict(works=False, reason="the probe's mount did not answer")
             told = child.stdout.readline().decode().strip()
             if told != "ready":
@@ -371,7 +390,9 @@ def _probe_read(path: Path) -> Verdict:
                 return Verdict(works=True)
             return Verdict(works=False, reason=f"a failing device was answered with {error.strerror}")
         kind = "zeros" if not any(got) else "something"
-        return Verdict(works=False, reason=f"this kernel's EROFS makes {kind} of data that cannot be read, instead of an error")
+        return Verdict(
+            works=False, reason=f"this kernel's EROFS makes {kind} of data that cannot be read, instead of an error"
+        )
     finally:
         os.close(fd)
 

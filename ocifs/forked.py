@@ -68,7 +68,8 @@ def run_forked(work: Callable[[], None], doing: str) -> None:
         raise error_class(failed.message)
     if os.WIFSIGNALED(how):
         number = os.WTERMSIG(how)
-        message = f"the process that {doing} was ended by signal {number} ({signal.strsignal(number)}); perhaps memory ran out"
+        how_named = f"signal {number} ({signal.strsignal(number)})"
+        message = f"the process that {doing} was ended by {how_named}; perhaps memory ran out"
         raise MachineError(message)
     message = f"the process that {doing} ended with status {os.waitstatus_to_exitcode(how)}"
     raise MachineError(message)

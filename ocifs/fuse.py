@@ -2,8 +2,8 @@
 
 Two things can be served: an image (`Adapter`), or the files that the kernel's EROFS is mounted from (`DeviceAdapter`).
 
-An image is served as a *forest*: several trees below one root, since a process can hold one FUSE session only. An inode number is
-``tree number * 2**40 + nid``; the image itself is tree 0, so its inode numbers are the nids of its tree file.
+An image is served as a *forest*: several trees below one root, since a process can hold one FUSE session only. An inode
+number is ``tree number * 2**40 + nid``; the image itself is tree 0, so its inode numbers are the nids of its tree file.
 
 Nothing served here ever changes, so the kernel may keep everything for ever: entry, attribute and negative-entry
 timeouts of 10⁹ seconds, ``keep_cache``, a constant generation. (Short timeouts would also make an overlayfs above the
@@ -107,7 +107,7 @@ class _ReadOnly(pyfuse3.Operations):
         """ACCESS: the kernel has checked the mode bits already; what is left is that nothing can be written."""
         return not mode & os.W_OK
 
-    async def _refused(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401, ARG002 (stands for a dozen signatures)
+    async def _refused(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 (stands for a dozen signatures)
         raise pyfuse3.FUSEError(errno.EROFS)
 
     # The kernel refuses these itself on a mount with `ro`; a mount remounted without it still cannot be written.
@@ -195,9 +195,7 @@ class Adapter(_ReadOnly):
     # -- data ----------------------------------------------------------------------------------------------------
 
     @_answering
-    async def open(
-        self, inode: pyfuse3.InodeT, flags: pyfuse3.FlagT, ctx: pyfuse3.RequestContext
-    ) -> pyfuse3.FileInfo:
+    async def open(self, inode: pyfuse3.InodeT, flags: pyfuse3.FlagT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         """OPEN for reading: the handle is the inode number, and cached pages stay valid."""
         if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
             raise pyfuse3.FUSEError(errno.EROFS)
@@ -229,9 +227,7 @@ class Adapter(_ReadOnly):
         return answer
 
     @_answering
-    async def getxattr(
-        self, inode: pyfuse3.InodeT, name: pyfuse3.XAttrNameT, ctx: pyfuse3.RequestContext
-    ) -> bytes:
+    async def getxattr(self, inode: pyfuse3.InodeT, name: pyfuse3.XAttrNameT, ctx: pyfuse3.RequestContext) -> bytes:
         """GETXATTR: ENOSYS, so that the kernel stops asking, only if no inode has any."""
         if not self._has_xattrs:
             raise pyfuse3.FUSEError(errno.ENOSYS)
@@ -242,9 +238,7 @@ class Adapter(_ReadOnly):
         return value
 
     @_answering
-    async def listxattr(
-        self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext
-    ) -> Sequence[pyfuse3.XAttrNameT]:
+    async def listxattr(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> Sequence[pyfuse3.XAttrNameT]:
         """LISTXATTR."""
         if not self._has_xattrs:
             raise pyfuse3.FUSEError(errno.ENOSYS)
@@ -301,9 +295,7 @@ class DeviceAdapter(_ReadOnly):
                 break
 
     @_answering
-    async def open(
-        self, inode: pyfuse3.InodeT, flags: pyfuse3.FlagT, ctx: pyfuse3.RequestContext
-    ) -> pyfuse3.FileInfo:
+    async def open(self, inode: pyfuse3.InodeT, flags: pyfuse3.FlagT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         """OPEN: cached pages stay valid."""
         return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(inode), keep_cache=True)
 
@@ -315,14 +307,10 @@ class DeviceAdapter(_ReadOnly):
         # pyfuse3 says bytes and takes anything with the buffer protocol.
         return await file.read(off, size) if size > 0 else b""  # type: ignore[return-value]
 
-    async def getxattr(
-        self, inode: pyfuse3.InodeT, name: pyfuse3.XAttrNameT, ctx: pyfuse3.RequestContext
-    ) -> bytes:
+    async def getxattr(self, inode: pyfuse3.InodeT, name: pyfuse3.XAttrNameT, ctx: pyfuse3.RequestContext) -> bytes:
         """GETXATTR: the kernel stops asking after one ENOSYS."""
         raise pyfuse3.FUSEError(errno.ENOSYS)
 
-    async def listxattr(
-        self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext
-    ) -> Sequence[pyfuse3.XAttrNameT]:
+    async def listxattr(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> Sequence[pyfuse3.XAttrNameT]:
         """LISTXATTR, likewise."""
         raise pyfuse3.FUSEError(errno.ENOSYS)

@@ -229,7 +229,7 @@ def layer_key(blob: LayerBlob, stored: Blob) -> str:
     kind = compression.detect(stored.read_at(0, compression.HEAD_SIZE))
     diff_id = blob.diff_id
     if diff_id is None:
-        message = f"layer {blob.number} has neither a digest nor a diff ID, so nothing can vouch for it; --examine reads it anyway"
+        message = f"layer {blob.number} has neither digest nor diff ID to vouch for it; --examine reads it anyway"
         raise DamagedError(message)
     return f"diffid-{diff_id.algorithm}-{diff_id.hex}-{kind.value}-{stored.size}"
 
@@ -248,7 +248,9 @@ def open_layers(
     """
     artifact = resolved.image.artifact
     if artifact is not None:
-        message = f"{resolved.reference.text} is no root file system but {artifact}; 'ocifs inspect' shows what is in it"
+        message = (
+            f"{resolved.reference.text} is no root file system but {artifact}; 'ocifs inspect' shows what is in it"
+        )
         raise UnsupportedError(message)
     indexing = _Indexing(store, tolerant=options.examine, progress=progress or Silent())
     with ExitStack() as undo:
@@ -308,7 +310,10 @@ class _Wanted:
         return True
 
     def opened(self) -> OpenLayer:
-        assert self.index is not None
+        """Give the layer, once `load` has succeeded."""
+        if self.index is None:
+            message = f"layer {self.blob.number} was not loaded"
+            raise RuntimeError(message)
         data: Blob | StoredFile = self.stored
         if self.copy is not None:
             self.stored.close()
@@ -330,7 +335,9 @@ class _WrongSizeError(DamagedError):
 class _Job:
     """One index being built: the child process, and the files it writes into."""
 
-    def __init__(self, wanted: _Wanted, lock: BuildLock, store: Store, *, tolerant: bool, archive: bool, threads: int) -> None:
+    def __init__(
+        self, wanted: _Wanted, lock: BuildLock, store: Store, *, tolerant: bool, archive: bool, threads: int
+    ) -> None:
         self.wanted = wanted
         self._store = store
         with ExitStack() as undo:
@@ -354,7 +361,7 @@ class _Job:
     def publish(self) -> None:
         """Put what was built into the store. An index of other bytes than expected goes under their actual digest."""
         built = self.build.result()
-        if built.mismatches or self.wanted.blob.digest is None and self.wanted.blob.diff_id is None:
+        if built.mismatches or (self.wanted.blob.digest is None and self.wanted.blob.diff_id is None):
             self.wanted.key = _digest_key(built.digest)
             _remember(self._store, self.wanted.stored, self.wanted.key)
         if built.reframed:
@@ -552,7 +559,6 @@ def _open_archive(path: bytes, store: Store, progress: Progress) -> Blob:
                     break
                 wanted.key = _index_archive(wanted, store, progress)
         undo.pop_all()
-        assert wanted.index is not None
         return _DecodedArchive(stored.name, wanted.opened().data)
 
 
@@ -623,9 +629,7 @@ def _tree_key(layers: Sequence[OpenLayer], options: ImageOptions) -> str:
     return hashlib.sha256(msgspec.json.encode(made_from)).hexdigest()
 
 
-def _build_tree(
-    key: str, layers: Sequence[OpenLayer], store: Store, options: ImageOptions, progress: Progress
-) -> None:
+def _build_tree(key: str, layers: Sequence[OpenLayer], store: Store, options: ImageOptions, progress: Progress) -> None:
     progress.merging(len(layers))
     inputs = [
         overlay.LayerInput(layer.number, layer.index.entries(), layer.index.damage, layer.index.notices)

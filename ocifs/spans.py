@@ -40,7 +40,7 @@ DEFAULT_CACHE = 128 << 20
 """Bytes of decoded spans that are kept: 128 MiB, sixty-four spans of 2 MiB."""
 
 SLACK = 256 << 10
-"""Bytes decoded beyond what a reader of a cold span asked for: 256 KiB, the kernel's next readahead and a few small files."""
+"""Bytes decoded beyond what a reader of a cold span asked for: 256 KiB, some readahead and a few small files."""
 
 
 class SpanKey(NamedTuple):

@@ -140,7 +140,9 @@ class NewFile:
         self._kind = kind
         self._name = f"{kind.value}.{os.getpid()}.{secrets.token_hex(8)}"
         with _said_plainly(store.path, "write to"):
-            fd = os.open(self._name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=store.dir_of("tmp"))
+            fd = os.open(
+                self._name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=store.dir_of("tmp")
+            )
             fcntl.flock(fd, fcntl.LOCK_EX)
         self.file: BinaryIO = os.fdopen(fd, "w+b")
         self._published = False
@@ -235,10 +237,12 @@ class Store:
     def _refuse_foreign(fd: int, path: Path) -> None:
         status = os.fstat(fd)
         if status.st_uid != os.geteuid():
-            message = f"the cache directory {path} belongs to user {status.st_uid}, not to you; choose another with --cache-dir"
+            owner = f"user {status.st_uid}, not to you"
+            message = f"the cache directory {path} belongs to {owner}; choose another with --cache-dir"
             raise MachineError(message)
         if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            message = f"the cache directory {path} can be written by others; run 'chmod go-w {path}' if you trust what is in it"
+            advice = f"run 'chmod go-w {path}' if you trust what is in it"
+            message = f"the cache directory {path} can be written by others; {advice}"
             raise MachineError(message)
 
     def _sweep(self) -> None:
@@ -309,7 +313,7 @@ class Store:
 
     @staticmethod
     def _names(directory: int, name: str, fd: int) -> bool:
-        """Whether ``name`` still means the file open as ``fd``. If its last holder removed it, a lock on it guards nothing."""
+        """Whether ``name`` still means the file open as ``fd``; if its last holder removed it, a lock guards nothing."""
         try:
             return os.path.samestat(os.fstat(fd), os.stat(name, dir_fd=directory, follow_symlinks=False))
         except FileNotFoundError:

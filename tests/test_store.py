@@ -83,7 +83,9 @@ def test_a_directory_inside_that_belongs_to_somebody_else_is_refused(tmp_path: P
 
 def test_a_file_in_the_way_is_told(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("not a directory")
-    with pytest.raises(MachineError, match=r"cannot create the cache directory .*; choose another place with --cache-dir"):
+    with pytest.raises(
+        MachineError, match=r"cannot create the cache directory .*; choose another place with --cache-dir"
+    ):
         Store(tmp_path / "cache")
 
 
@@ -105,7 +107,9 @@ def test_stale_and_damaged_entries_are_built_again(store: Store) -> None:
             file.close()
             return data
 
-        assert store.get_or_build(Kind.TREE, "k", load=load, build=lambda: put(store, Kind.TREE, "k", b"good")) == b"good"
+        assert (
+            store.get_or_build(Kind.TREE, "k", load=load, build=lambda: put(store, Kind.TREE, "k", b"good")) == b"good"
+        )
         assert read(store, Kind.TREE, "k") == b"good"
 
 
@@ -114,14 +118,16 @@ def test_a_failing_build_leaves_no_entry_and_no_lock(store: Store) -> None:
         message = "no"
         raise DamagedError(message)
 
-    with pytest.raises(DamagedError, match="^no$"):
+    with pytest.raises(DamagedError, match=r"^no$"):
         store.get_or_build(Kind.LAYER, "k", load=lambda file: file, build=build)
     assert read(store, Kind.LAYER, "k") is None
     assert os.listdir(store.path / "locks") == []
 
 
 def test_gc_takes_reframed_copies_first_and_the_least_recently_used_first(store: Store) -> None:
-    for number, (kind, key) in enumerate([(Kind.LAYER, "old"), (Kind.REFRAMED, "a"), (Kind.REFRAMED, "b"), (Kind.LAYER, "new")]):
+    for number, (kind, key) in enumerate(
+        [(Kind.LAYER, "old"), (Kind.REFRAMED, "a"), (Kind.REFRAMED, "b"), (Kind.LAYER, "new")]
+    ):
         put(store, kind, key, bytes(8192))
         os.utime(store.path / kind.value / key, (1000 + number, 1000 + number))
     assert [(one.kind, one.key) for one in store.entries()] == [
