@@ -256,8 +256,10 @@ def test_no_file_stays_open(form: Form, tmp_path: Path) -> None:
     form.write(tmp_path, make_image(LAYERS))
     before = open_files()
     source, selector = form.open(tmp_path)
-    blobs = [layer.open() for layer in source.resolve(selector, AMD64).layers]
+    image = source.resolve(selector, AMD64)
+    blobs = [layer.open() for layer in image.layers]
     source.close()
+    blobs += [layer.open() for layer in image.layers]
     for blob in blobs:
         blob.close()
     assert open_files() == before

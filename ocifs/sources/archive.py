@@ -19,6 +19,8 @@ from ocifs.sources.blob import MemberBlob, SharedBlob, shown
 from ocifs.tar import BLOCK_SIZE, Entry, EntryType, TarScanner
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ocifs.sources.base import Blob
 
 MAX_MEMBERS: Final = 1_000_000
@@ -63,9 +65,14 @@ def _link_target(member_name: bytes, member: _Member) -> bytes | None:
 class ArchiveFolder:
     """A tar archive as a `Folder`. Takes over the blob, which closes with the folder or its last open member."""
 
-    def __init__(self, blob: Blob) -> None:
-        """List the members of the tar in ``blob``; DamagedError if it is damaged."""
+    def __init__(self, blob: Blob, reopen: Callable[[], Blob]) -> None:
+        """List the members of the tar in ``blob``; DamagedError if it is damaged.
+
+        ``reopen`` gives the blob again, for members that are opened after `close`.
+        """
         self.name = blob.name
+        self._size = blob.size
+        self._reopen = reopen
         self._shared: SharedBlob | None = SharedBlob(blob)
         try:
             self._members = _list_members(blob)
@@ -107,9 +114,16 @@ class ArchiveFolder:
     def open(self, name: bytes) -> Blob:
         """See `Folder.open`."""
         member = self._find(name)
-        if self._shared is None:
-            raise DamagedError(f"{self.name}: {shown(name)} was asked for after the archive was closed")
-        return MemberBlob(self._shared, f"{self.name}: {shown(name)}", member.offset, member.size)
+        where = f"{self.name}: {shown(name)}"
+        if self._shared is not None:
+            return MemberBlob(self._shared, where, member.offset, member.size)
+        again = SharedBlob(self._reopen())
+        try:
+            if again.blob.size != self._size:
+                raise DamagedError(f"{self.name} had {self._size} bytes when it was listed and has {again.blob.size}")
+            return MemberBlob(again, where, member.offset, member.size)
+        finally:
+            again.release()  # the member is its user now
 
     def close(self) -> None:
         """See `Folder.close`."""

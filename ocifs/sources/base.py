@@ -149,7 +149,7 @@ class ResolvedImage:
 class Source(Protocol):
     """A place that holds images. Opened by `ocifs.sources.open_source`, closed by whoever opened it.
 
-    Layers are opened while the source is open; the blobs they gave stay usable after `close`.
+    Layers can be opened, and blobs that were opened can be read, after `close`.
     """
 
     @property

@@ -96,11 +96,11 @@ def _open_folder(path: bytes, open_archive: OpenArchive | None) -> ArchiveFolder
     blob = FileBlob(path)
     compression = _compression(blob)
     if compression is None:
-        return ArchiveFolder(blob)
+        return ArchiveFolder(blob, lambda: FileBlob(path))
     blob.close()
     if open_archive is None:
         raise UnsupportedError(f"{shown(path)} is compressed with {compression}; decompress it first")
-    return ArchiveFolder(open_archive(path))
+    return ArchiveFolder(open_archive(path), lambda: open_archive(path))
 
 
 def _compression(blob: Blob) -> str | None:
