@@ -292,11 +292,13 @@ def write_docker_archive(
     style: str = "skopeo",
     outer: str = "plain",
     lower_case: bool = False,
+    change_manifest: Callable[[list[Json]], bytes] = dump,
 ) -> None:
     """Write what ``docker load`` reads.
 
     ``style``: ``skopeo`` has ``DIFFID.tar``; ``legacy`` has ``ID/layer.tar`` and repeated layers as symbolic links;
     ``hardlink`` repeats them as hard links; ``stored`` keeps layers compressed as ``DIGEST.tar.gz`` (kaniko, Jib).
+    ``change_manifest`` turns the entries into the bytes of ``manifest.json``.
     """
     files: list[tuple[str, bytes | tuple[bytes, str]]] = []
     seen: dict[str, str] = {}
@@ -331,7 +333,7 @@ def write_docker_archive(
         seen[config_name] = config_name
         entry: Json = {"Config": config_name, "RepoTags": image_names, "Layers": paths}
         entries.append({key.lower(): value for key, value in entry.items()} if lower_case else entry)
-    files.append(("manifest.json", dump(entries)))
+    files.append(("manifest.json", change_manifest(entries)))
     write_tar(path, files, compression=outer)
 
 
