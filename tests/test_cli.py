@@ -172,8 +172,12 @@ def test_the_commands_of_issue_2_are_all_there() -> None:
     }
 
 
-@pytest.mark.parametrize(("path", "command"), list(every_command()), ids=lambda value: " ".join(value) if isinstance(value, list) else "")
-def test_help_of_every_command_shows_examples_that_it_understands(run: Run, path: list[str], command: click.Command) -> None:
+@pytest.mark.parametrize(
+    ("path", "command"), list(every_command()), ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+)
+def test_help_of_every_command_shows_examples_that_it_understands(
+    run: Run, path: list[str], command: click.Command
+) -> None:
     status, out, err = run(*path, "--help")
     assert (status, err) == (0, "")
     text = out.decode()
@@ -216,7 +220,7 @@ def test_completion_prints_a_script(run: Run, shell: str) -> None:
         (["ocifs", "ls", "--show"], ["plain,--show-whiteout-devices"]),
         (["ocifs", "ls", f"oci:{SAMPLE}:"], [f"plain,oci:{SAMPLE}:latest"]),
         (["ocifs", "ls", f"oci:{SAMPLE}"[:-2]], [f"plain,oci:{SAMPLE}/"]),
-        (["ocifs", "mount", "--driver", ""], ["plain,auto", "plain,fuse"]),
+        (["ocifs", "mount", "--driver", ""], ["plain,auto", "plain,erofs", "plain,fuse"]),
     ],
 )
 def test_completion_offers_what_can_follow(words: list[str], expected: list[str]) -> None:
@@ -247,7 +251,8 @@ def loaded_by(*words: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "words", [["ls", SAMPLE], ["cat", SAMPLE, "/etc/motd"], ["stat", SAMPLE, "/"], ["inspect", SAMPLE], ["layers", SAMPLE]]
+    "words",
+    [["ls", SAMPLE], ["cat", SAMPLE, "/etc/motd"], ["stat", SAMPLE, "/"], ["inspect", SAMPLE], ["layers", SAMPLE]],
 )
 def test_reading_loads_neither_fuse_nor_an_event_loop_nor_rich(words: list[str], run: Run) -> None:
     assert run("index", SAMPLE).status == 0
@@ -278,7 +283,14 @@ def test_what_is_no_size_is_refused(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("size", "text"),
-    [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (1048575, "1.0 MiB"), (325_058_560, "310.0 MiB"), (2**63, "8.0 EiB")],
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.0 KiB"),
+        (1048575, "1.0 MiB"),
+        (325_058_560, "310.0 MiB"),
+        (2**63, "8.0 EiB"),
+    ],
 )
 def test_human_sizes(size: int, text: str) -> None:
     assert output.human_size(size) == text
