@@ -50,7 +50,7 @@ class RootFS:
         self.tree = tree
         self.root = ROOT_NID
         self._image = tree.image
-        self._spans = spans
+        self.spans = spans
 
     # -- names and attributes: at once ---------------------------------------------------------------------------
 
@@ -121,14 +121,14 @@ class RootFS:
         """``size`` bytes of a file at ``offset``; fewer at its end. One span in the cache costs no copy and no thread."""
         parts: list[bytes | memoryview] = []
         for layer, layer_offset, length in self.tree.extents(ino, offset, size):
-            parts += await self._spans.read(layer, layer_offset, length) if layer else [bytes(length)]
+            parts += await self.spans.read(layer, layer_offset, length) if layer else [bytes(length)]
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def read_blocking(self, ino: int, offset: int, size: int) -> bytes | memoryview:
         """The same in the calling thread, for who runs no event loop."""
         parts: list[bytes | memoryview] = []
         for layer, layer_offset, length in self.tree.extents(ino, offset, size):
-            parts += self._spans.read_blocking(layer, layer_offset, length) if layer else [bytes(length)]
+            parts += self.spans.read_blocking(layer, layer_offset, length) if layer else [bytes(length)]
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
 

@@ -111,6 +111,10 @@ class SpanReader:
         self._threads = threads
         self._limiter: trio.CapacityLimiter | None = None
 
+    def decoding(self) -> bool:
+        """Tell whether a span is being decoded right now."""
+        return bool(self._flights)
+
     async def read(self, layer: int, layer_offset: int, size: int) -> list[memoryview]:
         """Give ``size`` bytes at ``layer_offset`` of a layer's tar as views of its spans; `DamagedError` beyond its end."""
         parts = []

@@ -98,7 +98,7 @@ def mount(
             if used == "erofs":
                 spans = SpanReader([layer.data for layer in image.layers], cache)
                 files, private = device_files(image, spans), daemon.private_place(claim)
-                serve = partial(drivers.serve_erofs, files, mountpoint, private, options)
+                serve = partial(drivers.serve_erofs, files, spans.decoding, mountpoint, private, options)
             else:
                 serve = partial(drivers.serve_fuse, [view(image, cache)], mountpoint, options, ref)
             undo.pop_all()  # the daemon releases the claim from here on
