@@ -18,8 +18,8 @@ stock inflate that readers use, from the span's bit and (sparse) window, and com
 32 KiB a decoder's window holds only what it decoded itself, so the rest follows. The last span is decoded whole, to see
 that the blob ends as gzip must. Whatever does not hold sends the blob the slow and certain way, whose verdict counts.
 
-Threads: one lane hashes what was decompressed, one what is stored, while the main thread decompresses and parses;
-hashlib and the decompressors release the GIL. A lane runs its jobs one after the other, so each hash has one owner.
+Threads: one lane hashes what was decompressed, one what is stored, one compresses the copy, while the main thread
+decompresses and parses; hashlib and the compression libraries release the GIL. A lane runs its jobs one after the other, so each hash has one owner.
 """
 
 from __future__ import annotations
@@ -200,12 +200,13 @@ class _Pass:
         self._diff_type = expected.diff_id or DiffID("sha256", "")
         self._stored_lane = _Lane()
         self._layer_lane = _Lane()
+        self._copy_lane = _Lane()
         self._begin()
 
     def _begin(self) -> None:
         """Forget everything that was read."""
-        self._stored_lane.drain()
-        self._layer_lane.drain()
+        for lane in (self._stored_lane, self._layer_lane, self._copy_lane):
+            lane.drain()
         self._stored_hash: Hasher = self._digest_type.hasher()
         self._stored_position = 0
         self._layer_hash: Hasher = self._diff_type.hasher()
@@ -216,8 +217,8 @@ class _Pass:
         try:
             return self._run(certain=certain)
         finally:
-            self._stored_lane.close()
-            self._layer_lane.close()
+            for lane in (self._stored_lane, self._layer_lane, self._copy_lane):
+                lane.close()
 
     def _run(self, *, certain: bool) -> Built:
         blob, expected = self.blob, self.job.expected
@@ -425,23 +426,28 @@ class _Pass:
         if copy is None:
             raise UnsupportedError(f"{self.blob.name} can only be read through a re-framed copy, and none may be made")
         writer = _CopyWriter(copy, self._writer)
-        held = bytearray()
         problem = until
+        frame, filled = bytearray(FRAME_SIZE), 0
         try:
             for piece in streams.decode(compression, self._stored_chunks()):
                 self._layer_lane.put(self._layer_hash.update, piece)
                 self._scan(piece)
-                held += piece
-                while len(held) >= FRAME_SIZE:
-                    self._layer_lane.put(writer.add, bytes(held[:FRAME_SIZE]))
-                    del held[:FRAME_SIZE]
+                view = memoryview(piece)
+                while view:
+                    taken = min(len(view), FRAME_SIZE - filled)
+                    frame[filled : filled + taken] = view[:taken]
+                    view = view[taken:]
+                    filled += taken
+                    if filled == FRAME_SIZE:
+                        self._copy_lane.put(writer.add, frame)
+                        frame, filled = bytearray(FRAME_SIZE), 0
         except DamagedError as error:
             problem = until or error
         if problem is not None:
             self._broken(problem)
-        if held:
-            self._layer_lane.put(writer.add, bytes(held))
-        self._layer_lane.drain()
+        if filled:
+            self._copy_lane.put(writer.add, frame[:filled])
+        self._copy_lane.drain()
         for _chunk in self._stored_chunks(self._stored_position):
             pass
 
@@ -758,7 +764,7 @@ class _CopyWriter:
         self._compressor = zstandard.ZstdCompressor(level=1)
         os.ftruncate(self._fd, 0)
 
-    def add(self, data: bytes) -> None:
+    def add(self, data: bytearray) -> None:
         frame = self._compressor.compress(data)
         view = memoryview(frame)
         at = self._blob_offset
