@@ -992,3 +992,13 @@ def test_any_json_in_a_docker_archive_is_an_ocifs_error(tmp_path: Path, manifest
 
 def test_a_digest_names_a_blob_and_nothing_else() -> None:
     assert LayoutSource._blob_name(Digest("sha256", "a" * 64)) == b"blobs/sha256/" + b"a" * 64
+
+
+def test_a_working_directory_that_is_gone_is_the_paths_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(NotFoundError, match="relative to the working directory"):
+        open_source(parse("oci:l"))
+    with pytest.raises(NotFoundError, match="No such file"):
+        open_source(parse(f"oci:{tmp_path}/l"))
