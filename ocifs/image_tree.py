@@ -131,8 +131,7 @@ def write(tree: Tree, out: BinaryIO, *, layers: Sequence[tuple[str, int]], rules
     encoder = Encoder(tree.root, layers=layers, uuid=bytes(uuid))
     last_nid = next(reversed(encoder.placed.values()))
     if last_nid > _MAX_NID:
-        message = f"the image tree would have {encoder.size} bytes; it can have 128 GiB"
-        raise UnsupportedError(message)
+        raise UnsupportedError(f"the image tree would have {encoder.size} bytes; it can have 128 GiB")
     metadata = Metadata(
         format_version=FORMAT_VERSION,
         rules_version=rules_version,
@@ -233,8 +232,9 @@ class ImageTree:
         if magic != _MAGIC:
             self._damaged("it does not end with a footer")
         if version != FORMAT_VERSION:
-            message = f"the image tree {name} has format version {version}, this is {FORMAT_VERSION}: it must be made anew"
-            raise StaleFormatError(message)
+            raise StaleFormatError(
+                f"the image tree {name} has format version {version}, this is {FORMAT_VERSION}: it must be made anew"
+            )
         footer_at = len(mapped) - _FOOTER.size
         (file_size, image_size, *places, checksum, _, _, _) = _FOOTER.unpack_from(mapped, footer_at)
         hashes_at, hashes_size = places[-2:]
@@ -248,8 +248,10 @@ class ImageTree:
         self._sections = tuple(zip(places[:-2:2], places[1:-2:2], strict=True))
         self._end = hashes_at
         self._blocks = -(-hashes_at // _CHECK_SIZE)
-        if hashes_size != self._blocks * _SHA256_SIZE or image_size > hashes_at or any(
-            start + size > hashes_at for start, size in self._sections
+        if (
+            hashes_size != self._blocks * _SHA256_SIZE
+            or image_size > hashes_at
+            or any(start + size > hashes_at for start, size in self._sections)
         ):
             self._damaged("its footer contradicts itself")
         self.image_size: int = image_size
@@ -280,15 +282,13 @@ class ImageTree:
             descriptor = file if isinstance(file, int) else os.open(file, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 if not os.fstat(descriptor).st_size:
-                    message = f"the image tree {shown} is damaged: it is empty"
-                    raise DamagedError(message)
+                    raise DamagedError(f"the image tree {shown} is damaged: it is empty")
                 mapped = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
             finally:
                 if not isinstance(file, int):
                     os.close(descriptor)
         except OSError as error:
-            message = f"cannot open the image tree {shown}: {error.strerror}"
-            raise MachineError(message) from error
+            raise MachineError(f"cannot open the image tree {shown}: {error.strerror}") from error
         try:
             return cls(mapped, shown)
         except BaseException:
@@ -306,8 +306,7 @@ class ImageTree:
         self.close()
 
     def _damaged(self, what: str) -> NoReturn:
-        message = f"the image tree {self._name} is damaged: {what}"
-        raise DamagedError(message)
+        raise DamagedError(f"the image tree {self._name} is damaged: {what}")
 
     # ---- verification
 
@@ -375,8 +374,10 @@ class ImageTree:
         return [Warned(*warning) for warning in stored]
 
     def extents(self, nid: int, file_offset: int, size: int) -> Iterator[Piece]:
-        """Where ``size`` bytes of a file from ``file_offset`` are, in order, cut at the file's end: pieces of layers, and
-        zeros between them. Raises `DamagedError`, as for a file that is `unreadable`."""
+        """Where ``size`` bytes of a file from ``file_offset`` are, in order and cut at the file's end.
+
+        They are pieces of layers and zeros between them. Raises `DamagedError`, as for a file that is `unreadable`.
+        """
         synthetic = self._synthetic_device
         for run in self.image.extents(nid, file_offset, size):
             if run.device == synthetic:
@@ -418,6 +419,3 @@ class ImageTree:
             else:
                 low = middle
         return low
-
-
-

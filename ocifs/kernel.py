@@ -32,6 +32,8 @@ _MOUNT_ATTR_RDONLY: Final = 1
 _MOUNT_ATTRIBUTES: Final = {"nosuid": 2, "nodev": 4, "noexec": 8, "noatime": 0x10}
 _MOVE_MOUNT_F_EMPTY_PATH: Final = 4
 
+_LOG_LIMIT: Final = 16
+"""A context keeps the last 8 messages (``fs/fs_context.c``); more are not waited for."""
 _AT_FDCWD: Final = -100
 MNT_DETACH: Final = 2
 """Flag of umount2(2): take the mount out of sight now, end it when nobody uses it."""
@@ -57,8 +59,7 @@ def mount_erofs(
     try:
         _call("move_mount", _MOVE_MOUNT, mount, b"", _AT_FDCWD, target, _MOVE_MOUNT_F_EMPTY_PATH)
     except OSError as error:
-        message = f"cannot mount on {os.fsdecode(target)}: {error.strerror}"
-        raise MachineError(message) from error
+        raise MachineError(f"cannot mount on {os.fsdecode(target)}: {error.strerror}") from error
     finally:
         os.close(mount)
 
@@ -68,8 +69,7 @@ def _create(source: bytes, devices: Sequence[bytes], flags: Sequence[str], attri
     try:
         context = _call("fsopen", _FSOPEN, b"erofs", _FSOPEN_CLOEXEC)
     except OSError as error:
-        message = f"the kernel has no EROFS to mount with: {error.strerror}"
-        raise MachineError(message) from error
+        raise MachineError(f"the kernel has no EROFS to mount with: {error.strerror}") from error
     try:
         _call("fsconfig", _FSCONFIG, context, _FSCONFIG_SET_STRING, b"source", source, 0)
         for device in devices:
@@ -80,8 +80,9 @@ def _create(source: bytes, devices: Sequence[bytes], flags: Sequence[str], attri
         return _call("fsmount", _FSMOUNT, context, _FSMOUNT_CLOEXEC, attributes)
     except OSError as error:
         said = _messages(context)
-        message = f"the kernel cannot mount {os.fsdecode(source)} as EROFS: {error.strerror}{said and f' ({said})'}"
-        raise MachineError(message) from error
+        raise MachineError(
+            f"the kernel cannot mount {os.fsdecode(source)} as EROFS: {error.strerror}{said and f' ({said})'}"
+        ) from error
     finally:
         os.close(context)
 
@@ -89,8 +90,7 @@ def _create(source: bytes, devices: Sequence[bytes], flags: Sequence[str], attri
 def unmount(target: bytes, *, flags: int = 0) -> None:
     """umount2(2): end the mount on ``target``. Raises `MachineError`."""
     if _libc.umount2(ctypes.c_char_p(target), ctypes.c_int(flags)):
-        message = f"cannot unmount {os.fsdecode(target)}: {os.strerror(ctypes.get_errno())}"
-        raise MachineError(message)
+        raise MachineError(f"cannot unmount {os.fsdecode(target)}: {os.strerror(ctypes.get_errno())}")
 
 
 def _call(name: str, number: int, *arguments: int | bytes | None) -> int:
@@ -106,7 +106,7 @@ def _call(name: str, number: int, *arguments: int | bytes | None) -> int:
 def _messages(context: int) -> str:
     """What the file system wrote into the context's log, as one line: each read(2) gives one message."""
     messages: list[str] = []
-    while len(messages) < 16:  # the log keeps 8
+    while len(messages) < _LOG_LIMIT:
         try:
             line = os.read(context, 4096)
         except OSError:  # ENODATA: no more

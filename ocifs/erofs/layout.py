@@ -59,7 +59,7 @@ CHUNK_BITS_MASK: Final = 0x1F
 NULL_BLOCK: Final = 0xFFFFFFFF
 """Block number that means a hole."""
 UNREACHABLE_BLOCK: Final = 0xFFFFFFFE
-"""The last block a device could have. No layer is that long, so data there cannot be read: what is meant to fail is there."""
+"""The last block a device could have. No layer is that long: what is meant to fail when it is read is said to be there."""
 MAX_BLOCKS: Final = 0xFFFFFFFE
 """Blocks of a device: numbers have 32 bits, the last two have their meaning above, so a device ends at 2 TiB − 1024."""
 MAX_CHUNKS: Final = 1 << 20
@@ -100,7 +100,7 @@ SYMLINK_MAX: Final = 4095
 
 
 def crc32c(data: bytes | bytearray) -> int:
-    """The superblock's checksum: CRC-32C (Castagnoli) started with all ones and not inverted at the end (``super.c``)."""
+    """Sum a superblock: CRC-32C (Castagnoli) started with all ones and not inverted at the end (``super.c``)."""
     crc = 0xFFFFFFFF
     for byte in data:
         crc = _CRC32C[(crc ^ byte) & 0xFF] ^ (crc >> 8)

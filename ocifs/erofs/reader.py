@@ -25,7 +25,6 @@ from typing import Final, NamedTuple, NoReturn
 
 import msgspec
 
-from ocifs.errors import DamagedError
 from ocifs.erofs.layout import (
     BLOCK_BITS,
     BLOCK_SIZE,
@@ -59,6 +58,7 @@ from ocifs.erofs.layout import (
     crc32c,
     decode_rdev,
 )
+from ocifs.errors import DamagedError
 from ocifs.tree import Kind
 
 CHECK_BITS: Final = 16
@@ -81,8 +81,10 @@ _NO_DEVICE: Final = (0, 0)
 
 
 class Inode(msgspec.Struct, frozen=True, gc=False):
-    """An inode's attributes. ``ino`` is its nid; ``mode`` is all of ``st_mode``, the type included; ``rdev`` is
-    (major, minor) of CHAR and BLOCK, else (0, 0); ``size`` is what stat(2) tells: of a directory the bytes of its entries.
+    """An inode's attributes, as stat(2) tells them.
+
+    ``ino`` is its nid; ``mode`` is all of ``st_mode``, the type included; ``size`` is in bytes, of a directory those of its
+    entries; ``rdev`` is (major, minor) of CHAR and BLOCK, else (0, 0).
     """
 
     ino: int
@@ -106,8 +108,10 @@ class DirectoryEntry(NamedTuple):
 
 
 class Run(NamedTuple):
-    """``length`` bytes of a file, from ``device_offset`` of ``device``: a layer's number, that of the synthetic device
-    (layers + 1), or 0 for a hole (then ``device_offset`` is 0)."""
+    """``length`` bytes of a file, from ``device_offset`` of ``device``.
+
+    ``device`` is a layer's number, that of the synthetic device (layers + 1), or 0 for a hole (``device_offset`` is 0 then).
+    """
 
     device: int
     device_offset: int
@@ -138,8 +142,8 @@ class Image:
         if self._unchecked[0]:
             self._check(0)
         (
-            magic, checksum, compat, block_bits, slots, root_nid, inodes, _, _, blocks, meta_block, _, self.uuid, volume_name,
-            incompat, _, devices, device_slot, dir_block_bits, _, _, _, _,
+            magic, checksum, compat, block_bits, slots, root_nid, inodes, _, _, blocks, meta_block, _, self.uuid,
+            volume_name, incompat, _, devices, device_slot, dir_block_bits, _, _, _, _,
         ) = SUPER.unpack_from(buffer, SUPER_OFFSET)  # fmt: skip
         if magic != SUPER_MAGIC or not compat & FEATURE_COMPAT_SB_CHKSUM:
             self._damaged("it has no superblock with a checksum at 1024")
@@ -157,20 +161,25 @@ class Image:
         self._base: int = meta_block << BLOCK_BITS
         self._last: int = self.size - INODE_SIZE
         table = device_slot * DEVICE_SLOT.size
-        if self.size > len(buffer) or not SUPER_OFFSET < self._base < self.size or table + devices * DEVICE_SLOT.size > self._base:
+        if (
+            self.size > len(buffer)
+            or not SUPER_OFFSET < self._base < self.size
+            or table + devices * DEVICE_SLOT.size > self._base
+        ):
             self._damaged("its size or the place of its tables is wrong")
         for block in range(table + devices * DEVICE_SLOT.size >> CHECK_BITS):
             if self._unchecked[block]:
                 self._check(block)
         slot_values = [DEVICE_SLOT.unpack_from(buffer, table + number * DEVICE_SLOT.size) for number in range(devices)]
-        self.device_tags: tuple[str, ...] = tuple(tag.rstrip(b"\0").decode("ascii", "replace") for tag, _, _ in slot_values)
+        self.device_tags: tuple[str, ...] = tuple(
+            tag.rstrip(b"\0").decode("ascii", "replace") for tag, _, _ in slot_values
+        )
         """The tag of each device in order, that of device 1 first."""
         self.device_sizes: tuple[int, ...] = (0, *(blocks << BLOCK_BITS for _, blocks, _ in slot_values))
         """Bytes of each device by its number, in whole blocks; 0 for device 0."""
 
     def _damaged(self, what: str) -> NoReturn:
-        message = f"{self._name} is damaged: {what}"
-        raise DamagedError(message)
+        raise DamagedError(f"{self._name} is damaged: {what}")
 
     # ---- inodes
 
@@ -181,7 +190,9 @@ class Image:
             self._damaged(f"inode {nid} is outside of it")
         if self._unchecked[offset >> CHECK_BITS]:
             self._check(offset >> CHECK_BITS)
-        layout, _, mode, _, size, union, _, uid, gid, seconds, nanoseconds, nlink = INODE.unpack_from(self._data, offset)
+        layout, _, mode, _, size, union, _, uid, gid, seconds, nanoseconds, nlink = INODE.unpack_from(
+            self._data, offset
+        )
         kind = _KINDS[mode >> 12]
         if kind is None or layout not in _FORMATS:
             self._damaged(f"at {nid} there is no inode")
@@ -389,7 +400,7 @@ class Image:
         Runs that continue one another are one. Raises `DamagedError` for a run that leaves its device, which a file that
         was marked unreadable does.
         """
-        offset, layout, behind, file_size, union = self._head(nid, Kind.FILE)
+        _, layout, behind, file_size, union = self._head(nid, Kind.FILE)
         size = min(size, file_size - file_offset)
         if size <= 0 or file_offset < 0:
             return iter(())

@@ -24,7 +24,6 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import BinaryIO, Final, NamedTuple, NoReturn
 
-from ocifs.errors import DamagedError, UnsupportedError
 from ocifs.erofs.layout import (
     BLOCK_BITS,
     BLOCK_SIZE,
@@ -64,6 +63,7 @@ from ocifs.erofs.layout import (
     crc32c,
     encode_rdev,
 )
+from ocifs.errors import DamagedError, UnsupportedError
 from ocifs.tree import Extent, Kind, Node
 
 _SIMPLE_FILE: Final = struct.Struct(INODE.format + CHUNK_INDEX.format[1:] + "24x")
@@ -103,7 +103,20 @@ class LeftOut(NamedTuple):
 class _Directory:
     """A directory between the passes: its entries in order, where its blocks begin, where they are."""
 
-    __slots__ = ("blocks", "breaks", "name", "names", "new_children", "nid", "node", "parent", "size", "start", "subdirs", "tail")
+    __slots__ = (
+        "blocks",
+        "breaks",
+        "name",
+        "names",
+        "new_children",
+        "nid",
+        "node",
+        "parent",
+        "size",
+        "start",
+        "subdirs",
+        "tail",
+    )
 
     def __init__(self, node: Node, parent: _Directory | None, name: bytes) -> None:
         self.node = node
@@ -117,11 +130,15 @@ class _Directory:
         self.names = sorted([*children, b".", b".."])
         lengths = list(map(len, self.names))
         joined = b"".join(self.names)
-        if max(lengths) > NAME_MAX or not min(lengths) or len(children) + 2 != len(set(self.names)) or (
-            b"/" in joined or b"\0" in joined
+        if (
+            max(lengths) > NAME_MAX
+            or not min(lengths)
+            or len(children) + 2 != len(set(self.names))
+            or (b"/" in joined or b"\0" in joined)
         ):
-            message = f"a name must be 1 to {NAME_MAX} bytes without / and NUL, and not . or ..: below {self.path()!r}"
-            raise ValueError(message)
+            raise ValueError(
+                f"a name must be 1 to {NAME_MAX} bytes without / and NUL, and not . or ..: below {self.path()!r}"
+            )
         self.breaks = [0]
         used = DIRENT_SIZE * len(lengths) + sum(lengths)
         if used > BLOCK_SIZE:
@@ -167,16 +184,17 @@ class Encoder:
 
     def __init__(self, root: Node, *, layers: Sequence[tuple[str, int]], uuid: bytes, volume_name: bytes = b"") -> None:
         if root.kind is not Kind.DIR or len(uuid) != 16 or len(volume_name) > 15:
-            message = "the root must be a directory, the UUID 16 bytes and the volume name up to 15"
-            raise ValueError(message)
+            raise ValueError("the root must be a directory, the UUID 16 bytes and the volume name up to 15")
         if len(layers) >= MAX_DEVICES:
-            message = f"the image has {len(layers)} layers; an image tree can name up to {MAX_DEVICES - 1}"
-            raise UnsupportedError(message)
+            raise UnsupportedError(
+                f"the image has {len(layers)} layers; an image tree can name up to {MAX_DEVICES - 1}"
+            )
         self._layers = [(tag, size, -(-size // BLOCK_SIZE)) for tag, size in layers]
         for number, (_, size, blocks) in enumerate(self._layers, 1):
             if blocks > MAX_BLOCKS:
-                message = f"layer {number} has {size} bytes uncompressed; an image tree can address less than 2 TiB of it"
-                raise UnsupportedError(message)
+                raise UnsupportedError(
+                    f"layer {number} has {size} bytes uncompressed; an image tree can address less than 2 TiB of it"
+                )
         self._uuid = uuid
         self._volume_name = volume_name
         self.placed: dict[Node, int] = {}
@@ -243,8 +261,7 @@ class Encoder:
             stack.extend(reversed(subdirs))
         self._blocks = -(-position // BLOCK_SIZE)
         if self._blocks > MAX_BLOCKS:
-            message = f"the image tree would have {position} bytes; it can have less than 2 TiB"
-            raise UnsupportedError(message)
+            raise UnsupportedError(f"the image tree would have {position} bytes; it can have less than 2 TiB")
 
     def _place_children(self, directory: _Directory, base: int, position: int) -> tuple[int, list[_Directory]]:
         """Place a directory's blocks and its children's inodes; return the next free position and the subdirectories."""
@@ -269,8 +286,7 @@ class Encoder:
             kind = node.kind
             if node in nids:
                 if kind is Kind.DIR:
-                    message = f"a directory has two names, one is {name!r} below {directory.path()!r}"
-                    raise ValueError(message)
+                    raise ValueError(f"a directory has two names, one is {name!r} below {directory.path()!r}")
                 self._extra_links[node] = self._extra_links.get(node, 0) + 1
                 continue
             if kind is file_kind:
@@ -309,7 +325,9 @@ class Encoder:
                 if kind is Kind.SYMLINK:
                     position, end = _place_symlink(node, directory, name, position, header)
                 elif kind is not Kind.FIFO and not (0 <= node.rdev[0] < 1 << 12 and 0 <= node.rdev[1] < 1 << 20):
-                    _refuse(directory, name, f"device number {node.rdev[0]}:{node.rdev[1]} is out of range (4095:1048575)")
+                    _refuse(
+                        directory, name, f"device number {node.rdev[0]}:{node.rdev[1]} is out of range (4095:1048575)"
+                    )
             nids[node] = position - base >> SLOT_BITS
             position = end + 31 & ~31
         directory.new_children = len(nids) - before
@@ -335,11 +353,14 @@ class Encoder:
         end = 0
         for extent in extents:
             if extent.file_offset < end or extent.file_offset + extent.size > size:
-                _damaged(directory, name, f"the data at {extent.file_offset} overlaps other data or lies behind the file's end")
+                _damaged(
+                    directory,
+                    name,
+                    f"the data at {extent.file_offset} overlaps other data or lies behind the file's end",
+                )
             end = extent.file_offset + extent.size
             if not 0 < extent.layer <= len(self._layers):
-                message = f"an extent names layer {extent.layer}, the tree has {len(self._layers)} layers"
-                raise ValueError(message)
+                raise ValueError(f"an extent names layer {extent.layer}, the tree has {len(self._layers)} layers")
             layer_size = self._layers[extent.layer - 1][1]
             if extent.layer_offset + extent.size > layer_size:
                 _damaged(
@@ -364,13 +385,19 @@ class Encoder:
         count = _chunks(size, bits)
         self._odd_chunks += max(0, count - usual)
         if count > MAX_CHUNKS or self._odd_chunks > _MAX_ODD_CHUNKS:
-            _refuse(directory, name, f"a sparse file of {size} bytes needs more chunks ({count}) than an image tree can hold")
+            _refuse(
+                directory,
+                name,
+                f"a sparse file of {size} bytes needs more chunks ({count}) than an image tree can hold",
+            )
         shift = bits + BLOCK_BITS
         device = len(self._layers) + 1
         hole = CHUNK_INDEX.pack(0, 0, NULL_BLOCK)
         pieces: list[bytes] = []
         placed = 0  # chunks of which pieces has the index
-        run_block = 0  # where on the device the chunk numbered run_chunk is; valid for the run of data chunks up to placed
+        run_block = (
+            0  # where on the device the chunk numbered run_chunk is; valid for the run of data chunks up to placed
+        )
         run_chunk = 0
         for extent in extents:
             first, last = extent.file_offset >> shift, extent.file_offset + extent.size - 1 >> shift
@@ -432,7 +459,7 @@ class Encoder:
                         packed = pack_simple(
                             FORMAT_CHUNKED, 0, 0o100000 | node.mode, 0, node.size,
                             CHUNK_INDEXES | max(0, (node.size - 1 >> BLOCK_BITS).bit_length()), nid & 0xFFFFFFFF,
-                            node.uid, node.gid, seconds if seconds < _MAX_TIME else _MAX_TIME, nanoseconds,
+                            node.uid, node.gid, min(_MAX_TIME, seconds), nanoseconds,
                             1 + links.get(node, 0),
                             0, extent.layer, extent.layer_offset >> BLOCK_BITS,
                         )  # fmt: skip
@@ -498,11 +525,10 @@ class Encoder:
                 union, nid & 0xFFFFFFFF, node.uid, node.gid, min(seconds, _MAX_TIME), nanoseconds, links,
             )  # fmt: skip
         except struct.error:
-            message = (
+            raise UnsupportedError(
                 f"entry {node.origin.entry} of layer {node.origin.layer} cannot be kept in the image tree: its owner"
                 f" {node.uid}:{node.gid}, mode {node.mode:o} or time {node.mtime_ns} is out of range"
-            )
-            raise UnsupportedError(message) from None
+            ) from None
         return packed + xattrs + rest
 
     def _one_chunk(self, node: Node) -> _Chunked:
@@ -563,13 +589,13 @@ class _Pieces:
 
 
 def _refuse(directory: _Directory, name: bytes, why: str) -> NoReturn:
-    message = f"{_join(directory, name).decode(errors='backslashreplace')} cannot be kept in the image tree: {why}"
-    raise UnsupportedError(message)
+    raise UnsupportedError(
+        f"{_join(directory, name).decode(errors='backslashreplace')} cannot be kept in the image tree: {why}"
+    )
 
 
 def _damaged(directory: _Directory, name: bytes, why: str) -> NoReturn:
-    message = f"{_join(directory, name).decode(errors='backslashreplace')} is damaged: {why}"
-    raise DamagedError(message)
+    raise DamagedError(f"{_join(directory, name).decode(errors='backslashreplace')} is damaged: {why}")
 
 
 def _join(directory: _Directory, name: bytes) -> bytes:

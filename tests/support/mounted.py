@@ -47,7 +47,7 @@ def why_not() -> str:
     """Why this machine cannot mount EROFS from files; empty if it can."""
     if os.geteuid():
         return "mounting needs root"
-    with open("/proc/filesystems", encoding="ascii") as listed:  # noqa: PTH123 — not a file of ours
+    with open("/proc/filesystems", encoding="ascii") as listed:
         if "\terofs\n" not in listed.read():
             return "this kernel has no EROFS"
     if tuple(int(part) for part in os.uname().release.split(".")[:2]) < (6, 12):
@@ -146,7 +146,9 @@ def main() -> None:
         sys.stdout.buffer.write(pickle.dumps(str(error)))
         return
     try:
-        subprocess.run([sys.executable, "-m", __spec__.name, "--look", os.fsdecode(target)], check=True, timeout=SECONDS)
+        subprocess.run(
+            [sys.executable, "-m", __spec__.name, "--look", os.fsdecode(target)], check=True, timeout=SECONDS
+        )
     finally:
         kernel.unmount(target)
 

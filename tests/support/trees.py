@@ -75,7 +75,9 @@ def content(of: Node, layers: Sequence[bytes]) -> bytes:
     return bytes(data)
 
 
-def assert_same(image: Image, root: Node, read: Callable[[int, int], bytes], layers: Sequence[bytes]) -> dict[bytes, int]:
+def assert_same(
+    image: Image, root: Node, read: Callable[[int, int], bytes], layers: Sequence[bytes]
+) -> dict[bytes, int]:
     """That the image holds the tree: names, attributes, links, content (``read`` gives that of nid, size).
 
     Return the nid of each path.
@@ -170,7 +172,9 @@ def files(draw: st.DrawFn, layer_count: int) -> Node:
     fields = {name: draw(strategy) for name, strategy in ATTRIBUTES.items()}
     if draw(st.booleans()):
         size = draw(st.integers(0, 5000))
-        return file(size, 512 * draw(st.integers(0, LAYER_BLOCKS - 10)), layer=draw(st.integers(1, layer_count)), **fields)
+        return file(
+            size, 512 * draw(st.integers(0, LAYER_BLOCKS - 10)), layer=draw(st.integers(1, layer_count)), **fields
+        )
     extents: list[Extent] = []
     end = 0
     for _ in range(draw(st.integers(0, 4))):
