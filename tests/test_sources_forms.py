@@ -786,9 +786,15 @@ def test_a_large_archive_is_listed_by_its_headers(tmp_path: Path) -> None:
 def test_a_damaged_archive_is_refused(tmp_path: Path) -> None:
     write_oci_archive(tmp_path / "a.tar", [ONE], compression="plain")
     raw = (tmp_path / "a.tar").read_bytes()
-    for damaged in (raw[:700], raw[:1100], raw.replace(b"ustar", b"ustor", 1)):
-        (tmp_path / "b.tar").write_bytes(damaged)
-        with pytest.raises(DamagedError, match=r"b\.tar: .*offset"):
+    last = raw.rindex(b"ustar") - 257
+    for broken, words in (
+        (raw[:700], r"b\.tar: the archive is damaged or cut off at offset 700"),
+        (raw[:1100], r"b\.tar: the archive is damaged or cut off at offset"),
+        (raw[:last] + b"?" + raw[last + 1 :], rf"b\.tar: the archive is damaged or cut off at offset {last}$"),
+        (b"?" + raw[1:], r"b\.tar is no tar archive"),
+    ):
+        (tmp_path / "b.tar").write_bytes(broken)
+        with pytest.raises(DamagedError, match=words):
             resolve(f"oci-archive:{tmp_path}/b.tar")
 
 

@@ -157,8 +157,10 @@ def _list_members(blob: Blob) -> dict[bytes, _Member]:
         if count > MAX_MEMBERS:
             raise UnsupportedError(f"{blob.name}: the archive has more than {MAX_MEMBERS} members")
     damage = scanner.finish().damage
+    if damage is not None and count == 0:
+        raise DamagedError(f"{blob.name} is no tar archive")
     if damage is not None:
-        raise DamagedError(f"{blob.name}: {damage.message}")
+        raise DamagedError(f"{blob.name}: the archive is damaged or cut off at offset {damage.layer_offset}")
     return members
 
 
