@@ -5,7 +5,7 @@ Rooms, from the ground up; a module imports only from rows above its own (``test
 =========  ====================================================  ==================================================
 row        rooms                                                 what it knows
 =========  ====================================================  ==================================================
-names      ``errors`` ``reference`` ``spec`` ``tree``            what can go wrong; ``oci:dir:tag``; documents; nodes
+names      ``errors`` ``reference`` ``spec`` ``tree`` ``rules``  errors; ``oci:dir:tag``; documents; nodes; rules
 formats    ``tar`` ``compression`` ``erofs``                     header bytes, compressed streams, EROFS bytes; pure
 machine    ``forked``                                            work in a child process of its own
 index      ``layer_index`` ``image_tree``                        the two files we keep: one a layer, one an image

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import pytest
 
 import ocifs
+from ocifs.rules import RULES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,7 +33,7 @@ WITHIN_A_ROW = {
 
 MOUNTING = frozenset({"pyfuse3", "trio"})
 """What only a mount needs: a command that lists, reads or copies works where these cannot even be imported."""
-MOUNTING_ROOMS = frozenset({"daemon", "fuse"})
+MOUNTING_ROOMS = frozenset({"daemon", "driver", "fuse"})
 
 DRAWERS = frozenset({"utils", "util", "common", "helpers", "helper", "constants", "misc"})
 """Names that say nothing about what is inside."""
@@ -215,3 +216,21 @@ def test_the_reader_of_imports_tells_lazy_ones_apart() -> None:
 )
 def test_what_the_rule_forbids(room: str, imported: str, reason: str) -> None:
     assert forbidden(room, imported) == reason
+
+
+def test_every_layer_rule_has_a_test_of_its_name() -> None:
+    names = {
+        match.lower()
+        for path in Path(__file__).parent.glob("test_*.py")
+        for match in re.findall(r"def test_([a-z]+[0-9]+)_", path.read_text(encoding="utf-8"))
+    }
+    assert [rule for rule in RULES if rule.lower() not in names] == []
+
+
+def test_every_rule_that_the_code_names_is_listed() -> None:
+    named = {
+        rule
+        for path in MODULES
+        for rule in re.findall(r"\b(?:rule |\"|\()([WTHDC][0-9]{1,2})\b", path.read_text(encoding="utf-8"))
+    }
+    assert sorted(named - set(RULES)) == []
