@@ -143,6 +143,14 @@ def test_c9_attestations_are_never_chosen(tmp_path: Path) -> None:
         resolve(f"oci:{layout}:alone")
 
 
+def test_c9_one_manifest_may_be_listed_for_several_platforms(tmp_path: Path) -> None:
+    layout = tmp_path / "l"
+    entry = for_platform(layout, "linux/arm64", b"any", compression="plain")
+    put_index(layout, make_index([entry, {**entry, "platform": {"os": "linux", "architecture": "amd64"}}]))
+    for platform in ("linux/arm64", "linux/amd64"):
+        assert only_layer(resolve(f"oci:{layout}", platform=platform)) == b"any"
+
+
 def test_c9_an_index_inside_an_index_is_followed(tmp_path: Path) -> None:
     layout = tmp_path / "l"
     inner = put_index(layout, make_index([for_platform(layout, "linux/amd64", b"amd", compression="plain")]), None)

@@ -221,21 +221,22 @@ class Resolver:
     def _leaves(
         self, descriptors: Sequence[Descriptor], trail: tuple[Digest, ...], seen: set[Digest]
     ) -> Iterator[Descriptor]:
-        """Walk nested indexes depth first, in order: every manifest once."""
+        """Walk nested indexes depth first, in order, each once. One manifest may be listed for several platforms."""
         for descriptor in descriptors:
             digest = descriptor.digest
             if digest in trail:
                 raise DamagedError(f"index {digest} contains itself")
-            if digest in seen or descriptor.media_type not in {*DOCUMENT_TYPES, ""}:
+            if descriptor.media_type in DOCUMENT_TYPES - INDEX_TYPES:
+                yield descriptor
+                continue
+            if digest in seen or descriptor.media_type not in {*INDEX_TYPES, ""}:
                 continue  # an unknown media type is nobody's image (rule C7)
             seen.add(digest)
-            document: Manifest | Index | None = None
-            if descriptor.media_type not in DOCUMENT_TYPES - INDEX_TYPES:
-                try:
-                    _, document = self.document(descriptor)
-                except NotFoundError as error:
-                    self._missing.append(str(error))
-                    continue
+            try:
+                _, document = self.document(descriptor)
+            except NotFoundError as error:
+                self._missing.append(str(error))
+                continue
             if not isinstance(document, Index):
                 yield descriptor
             elif len(trail) >= _MAX_DEPTH:
