@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import os
@@ -81,9 +80,9 @@ def test_ls_long_is_what_ls_of_a_mount_shows(run: Run) -> None:
     status, out, err = run("ls", "-l", SAMPLE, "/srv/almanac")
     assert (status, err) == (0, "")
     assert out.decode() == (
-        "-rw-r--r-- 1 0    0        26 2024-03-02 09:00 café.txt\n"
-        "-rw-r--r-- 1 0    0   2097152 2024-03-02 09:00 index.db\n"
-        "prw--w---- 1 0    0         0 2024-03-02 09:00 requests\n"
+        "-rw-r--r-- 1    0   0      26 2024-03-02 09:00 café.txt\n"
+        "-rw-r--r-- 1    0   0 2097152 2024-03-02 09:00 index.db\n"
+        "prw--w---- 1    0   0       0 2024-03-02 09:00 requests\n"
         "-rw-r--r-- 2 1000 100    4096 2024-03-02 09:00 table.bin\n"
         "-rw-r--r-- 2 1000 100    4096 2024-03-02 09:00 table.latest\n"
     )
@@ -109,7 +108,7 @@ def test_ls_long_agrees_with_gnu_ls_on_the_same_tree(run: Run, odd: str, tmp_pat
         pytest.skip("owners and devices can be made by root only")
     assert run("cp", odd, "/", str(tmp_path / "copy")).status == 0
     for where in ("dir", "later"):
-        words = ["ls", "-lnA", "--time-style=long-iso", "--quoting-style=literal", tmp_path / "copy" / where]
+        words = ["ls", "-lnA", "--time-style=long-iso", "--quoting-style=literal", str(tmp_path / "copy" / where)]
         environment = {**os.environ, "LC_ALL": "C", "TZ": "UTC"}
         theirs = subprocess.run(words, env=environment, stdout=subprocess.PIPE, check=True).stdout
         ours = run("ls", "-l", odd, where).out
@@ -177,11 +176,7 @@ def test_ls_json_has_the_stable_fields(run: Run) -> None:
         "mtime_ns": 1709370000000000000,
         "nlink": 1,
         "rdev": None,
-        "xattrs": {
-            "security.capability": base64.b64encode(
-                bytes.fromhex("01000002000400000000000000000000" + "00000000")
-            ).decode()
-        },
+        "xattrs": {"security.capability": "AQAAAgAEAAAAAAAAAAAAAAAAAAA="},
         "layer": 2,
     }
     tar = run("blob", SAMPLE, "2").out
@@ -559,7 +554,7 @@ def test_layers_shows_warnings_only_to_who_examines(run: Run, tmp_path: Path) ->
     write_layout(tmp_path / "image", [tarball(entry("v", type=b"V", data=b""), entry("f", b"x"))])
     image = str(tmp_path / "image")
     assert run("layers", image).err == ""
-    status, out, err = run("layers", "--examine", image)
+    status, _, err = run("layers", "--examine", image)
     assert status == 0
     assert "rule D8" in err
     assert json_lines(run("layers", "--json", image).out)[0]["warnings"][0]["rule"] == "D8"
@@ -575,9 +570,8 @@ def test_examination_warns_where_others_refuse(run: Run, tmp_path: Path) -> None
     status, out, err = run("ls", "--examine", image)
     assert (status, out) == (0, b"bad\ngood\n")
     assert "(rule H6)" in err
-    status, out, err = run("cat", "--examine", image, "good", "bad")
-    assert status != 0
-    assert out == b"x"
+    status, out, _ = run("cat", "--examine", image, "good", "bad")
+    assert (status, out) == (4, b"x")
 
 
 def test_index_says_what_it_built_and_what_was_there(run: Run) -> None:

@@ -189,7 +189,7 @@ def _print_long(view: RootFS, entries: Sequence[_Listed], manner: _Manner) -> No
         else:
             size = f"{found.size:>{sizes}}"
         output.print_line(
-            f"{_mode_text(found)} {found.nlink:>{links}} {found.uid:<{uids}} {found.gid:<{gids}} {size} "
+            f"{_mode_text(found)} {found.nlink:>{links}} {found.uid:>{uids}} {found.gid:>{gids}} {size} "
             f"{output.local_time(found.mtime_ns // 10**9)} {_long_name(view, entry, found, manner)}"
         )
 
