@@ -52,7 +52,7 @@ def unpack(request: pytest.FixtureRequest, tmp_path: Path) -> Unpack:
 
     def by_umoci(*layers: bytes) -> dict[str, str]:
         write_layout(tmp_path / "image", layers, compression="plain")
-        command = ["umoci", "raw", "unpack", "--image", f"{tmp_path}/image:latest", tmp_path / "root"]
+        command = ["umoci", "raw", "unpack", "--image", f"{tmp_path}/image:latest", f"{tmp_path}/root"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return look_at_directory(tmp_path / "root")
@@ -453,7 +453,7 @@ def test_t8_a_path_through_a_lower_symlink_makes_a_directory_in_its_place() -> N
 def test_t8_an_option_follows_the_lower_symlink() -> None:
     expected = {"a": "symlink -> b", "b": "dir 700", "b/f": "file 'f'", "b/new": "file 'n'"}
     assert plain(LINKED, layer(entry("a/new", b"n")), follow_dirlinks=True) == expected
-    chain = layer(entry("b/", mode=0o700), entry("b/f", b"f"), entry("a", link="/c/../x"), entry("x", link="./b/"))
+    chain = layer(entry("b/", mode=0o700), entry("b/f", b"f"), entry("a", link="/b/../x"), entry("x", link="./b/"))
     assert plain(chain, layer(entry("a/new", b"n")), follow_dirlinks=True)["b/new"] == "file 'n'"
 
 
@@ -469,6 +469,18 @@ def test_t8_the_option_does_not_follow_a_symlink_that_was_whited_out_before() ->
     for markers in ([entry(".wh.a")], [entry(".wh..wh..opq")], [entry("a", type=CHAR, rdev=ZERO)]):
         tree = plain(LINKED, layer(*markers, entry("a/new", b"n")), follow_dirlinks=True)
         assert (tree["a"], tree["a/new"]) == ("dir", "file 'n'")
+
+
+def test_t8_the_option_stops_following_once_something_takes_or_hides_the_symlink() -> None:
+    assert plain(LINKED, layer(entry("a/1", b"1"), entry(".wh.a"), entry("a/2", b"2")), follow_dirlinks=True) == {
+        "a": "dir",
+        "a/2": "file '2'",
+        "b": "dir 700",
+        "b/1": "file '1'",
+        "b/f": "file 'f'",
+    }
+    tree = plain(LINKED, layer(entry("a/1", b"1"), entry("a/"), entry("a/2", b"2")), follow_dirlinks=True)
+    assert sorted(tree) == ["a", "a/2", "b", "b/1", "b/f"]
 
 
 def test_t9_an_entry_for_a_lower_symlink_makes_a_directory(unpack: Unpack) -> None:
@@ -596,7 +608,11 @@ def test_t15_an_empty_name_is_skipped() -> None:
 
 
 def test_t16_any_byte_but_nul_and_slash_is_kept(unpack: Unpack) -> None:
-    names = [bytes([byte]) * 2 for byte in range(1, 256) if byte not in b"./"] + [b"back\\slash", b"new\nline", b"\xff\xfe"]
+    names = [bytes([byte]) * 2 for byte in range(1, 256) if byte not in b"./"] + [
+        b"back\\slash",
+        b"new\nline",
+        b"\xff\xfe",
+    ]
     tar = layer(*(entry(name) for name in names), entry(b"\xff/\xfe", b"x"))
     expected = {os.fsdecode(name): "file ''" for name in names} | {os.fsdecode(b"\xff"): "dir"}
     assert unpack(tar) == expected | {os.fsdecode(b"\xff/\xfe"): "file 'x'"}
@@ -652,7 +668,9 @@ def hard(path: str, target: str, **header: object) -> bytes:
     return entry(path, type=HARDLINK, link=target, **header)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("target", ["d/f", "/d/f", "./d/f", "d/../d//f", "../d/f", "via/f", "abs/f", "up/f", "up/../d/f"])
+@pytest.mark.parametrize(
+    "target", ["d/f", "/d/f", "./d/f", "d/../d//f", "../d/f", "via/f", "abs/f", "up/f", "up/../d/f"]
+)
 def test_h1_a_target_is_resolved_inside_the_root(unpack: Unpack, target: str) -> None:
     tar = layer(entry("d/f", b"x"), entry("via", link="d"), entry("abs", link="/d"), entry("up", link="../../d"),
                 hard("l", target))  # fmt: skip
@@ -664,6 +682,13 @@ def test_h1_a_target_is_resolved_inside_the_root(unpack: Unpack, target: str) ->
 def test_h1_the_last_component_is_not_followed(unpack: Unpack) -> None:
     tar = layer(entry("f", b"x"), entry("s", link="f"), hard("l", "s"))
     assert unpack(tar) == {"f": "file 'x'", "l": "symlink -> f &1", "s": "symlink -> f &1"}
+
+
+def test_h1_dot_dot_in_a_target_is_taken_as_text(unpack: Unpack) -> None:
+    tar = layer(
+        entry("x", link="d/e"), entry("d/e/"), entry("d/y/f", b"no"), entry("y/f", b"yes"), hard("l", "x/../y/f")
+    )
+    assert unpack(tar)["l"] == "file 'yes' &1"
 
 
 def test_h1_a_link_to_a_device_or_fifo(unpack: Unpack) -> None:
@@ -721,7 +746,9 @@ def test_h4_a_link_to_a_lower_file_that_its_layer_replaces_keeps_the_lower_one(u
 
 
 def test_h5_a_target_later_in_the_layer_is_resolved_at_the_end() -> None:
-    tar = layer(hard("a", "b"), hard("b", "c"), hard("d", "s/f"), entry("c", b"x"), entry("s", link="r"), entry("r/f", b"y"))
+    tar = layer(
+        hard("a", "b"), hard("b", "c"), hard("d", "s/f"), entry("c", b"x"), entry("s", link="r"), entry("r/f", b"y")
+    )
     tree = merged([tar])
     assert look(tree, [tar]) == {
         "a": "file 'x' &1",
@@ -895,8 +922,9 @@ def test_l4_does_not_matter_for_xattrs_that_are_not_shown() -> None:
 @pytest.mark.parametrize("target", ["", "t" * 4096])
 def test_l2_a_symlink_target_that_no_file_system_can_hold_is_refused(target: str) -> None:
     tar = layer(entry("s", type=SYMLINK, link=target))
-    assert f"rule L2: entry 's' at layer offset 0: no file system can hold a symlink target of {len(target)} bytes" in refused(
-        tar
+    assert (
+        f"rule L2: entry 's' at layer offset 0: no file system can hold a symlink target of {len(target)} bytes"
+        in refused(tar)
     )
     tree = merged([tar], examine=True)
     assert look(tree, [tar]) == {"s": "file 777 unreadable"}
@@ -1009,6 +1037,14 @@ def test_a_layer_shown_alone_shows_its_whiteouts_as_empty_files() -> None:
     assert (marker.origin, marker.mtime_ns, marker.extents) == (Origin(3, 1), 9_000_000_000, ())
     assert rules(tree) == ["W15"]
     assert tree.root.origin == Origin(3, -1)
+
+
+def test_the_last_marker_of_a_name_is_the_one_shown() -> None:
+    twice = [entry("d/x", type=CHAR, rdev=ZERO, mode=0o600), entry("d/x", type=CHAR, rdev=ZERO, mode=0o640)]
+    upper = layer(*twice, entry(".wh.y", mode=0o600), entry(".wh.y", mode=0o640))
+    tree = merged([upper], single_layer=True)
+    assert look(tree, [upper]) == {".wh.y": "file 640 ''", "d": "dir", "d/.wh.x": "file 640 ''"}
+    assert rules(tree) == ["T5", "T5"]
 
 
 def test_a_layer_shown_alone_is_one_layer() -> None:

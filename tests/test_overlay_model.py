@@ -19,10 +19,28 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 PLAIN = [b"a", b"b", b"c", b"a/b", b"a/c", b"b/a", b"b/c", b"c/a", b"a/b/c", b"b/a/c", b"c/b/a"]
-MARKERS = [b".wh.a", b".wh.b", b".wh.c", b"a/.wh.b", b"b/.wh.a", b"a/b/.wh.c", b"a/c/.wh.a", b".wh..wh..opq", b"a/.wh..wh..opq",
-           b"b/.wh..wh..opq", b"a/b/.wh..wh..opq"]  # fmt: skip
-ODD = [b"./a", b"/b/", b"a//b/.", b"c/../a/b", b"../a", b"a/../../b/c", b".", b"./", b"", b".wh.", b"a/.wh..", b"b/.wh...",
-       b".wh.a/b", b"a/.wh.b/c", b".wh..wh..opq/a", b".wh..wh.aufs", b".wh..wh.plnk/1", b".wh..wh.plnk/2", b"a/.wh..wh.b"]  # fmt: skip
+MARKERS = [
+    *(b".wh.a", b".wh.b", b".wh.c", b"a/.wh.b", b"b/.wh.a", b"a/b/.wh.c", b"a/c/.wh.a"),
+    *(b".wh..wh..opq", b"a/.wh..wh..opq", b"b/.wh..wh..opq", b"a/b/.wh..wh..opq"),
+]
+ODD = [
+    *(
+        b"./a",
+        b"/b/",
+        b"a//b/.",
+        b"c/../a/b",
+        b"../a",
+        b"a/../../b/c",
+        b".",
+        b"./",
+        b"",
+        b".wh.",
+        b"a/.wh..",
+        b"b/.wh...",
+    ),
+    *(b".wh.a/b", b"a/.wh.b/c", b".wh..wh..opq/a"),
+    *(b".wh..wh.aufs", b".wh..wh.plnk/1", b".wh..wh.plnk/2", b"a/.wh..wh.b"),
+]
 PATHS = st.sampled_from(PLAIN * 8 + MARKERS * 2 + ODD)
 TARGETS = st.sampled_from(
     PLAIN * 4

@@ -32,13 +32,14 @@ becomes a note like the rest.
 Anywhere else it is (W10), also when an opaque marker hides its lower counterpart: overlay mounts show it.
 
 **Hard links** bind when their entry is read (H4), to the upper as it is at that moment, else to the lower as it was
-before the layer (H2, H3). Parents may be symlinks of either; the last component is not followed (H1). A target not
-found then is looked for again at the end of the stream (H5): a placeholder takes the name, so that what follows can
-replace it or link to it, and is exchanged for the target at the end. Placeholders may wait for one another: they are
-settled depth first with an explicit stack, each once, and a circle is a missing target (H6). Every link must find its
-target, also one that was replaced later in the layer. Names share one `Node`, so the header of a link applies to all
-(H7): mode (not of a symlink), owner, time, and its xattrs one by one; last in the stream wins, which for a link
-settled at the end means its own place in the stream.
+before the layer (H2, H3). Parents may be symlinks of either; the last component is not followed (H1). ``..`` in a target
+is text, as in a path: Docker, Podman and umoci take it so, containerd asks the file system. A target not found then is
+looked for again at the end of the stream (H5): a placeholder takes the name, so that what follows can replace it or link
+to it, and is exchanged for the target at the end. Placeholders may wait for one another: they are settled depth first
+with an explicit stack, each once, and a circle is a missing target (H6). Every link must find its target, also one that
+was replaced later in the layer. Names share one `Node`, so the header of a link applies to all (H7): mode (not of a
+symlink), owner, time, and its xattrs one by one; last in the stream wins, which for a link settled at the end means its
+own place in the stream.
 
 **Beyond the rows**, where they are silent and Linux sets a limit:
 
@@ -46,8 +47,8 @@ settled at the end means its own place in the stream.
 L1  a path longer than 4,095 bytes is left out with a warning, like a name over 255 (T17): no engine can make it
 L2  a symlink target that is empty or over 4,095 bytes is refused, for engines fail; examined, it is a file that reads
     EIO
-L3  over 255 symlinks, or 16,384 steps, on the way to a parent: refused (examined: left out); on the way to the target
-    of a hard link: missing (H6)
+L3  over 255 symlinks on one path, or symlinks of over 4,194,304 components followed in one layer: on the way to a
+    parent refused (examined: left out), on the way to the target of a hard link missing (H6)
 L4  xattrs that are shown: a name over 255 bytes or with nothing behind its namespace, a value over 65,535 bytes, more
     than 65,536 bytes of names and values: refused, for engines fail; left out under examination
 L5  over 1,048,576 implied directories in one layer: refused always, because 4 KiB of tar can ask for 2,048 of them

@@ -25,7 +25,9 @@ NAMELESS: Final = frozenset({b".wh.", b".wh..", b".wh..."})
 OVERLAY_XATTRS: Final = (b"trusted.overlay.", b"user.overlay.")
 
 LINKS_MAX: Final = 255  # containerd's fs.RootPath; the kernel itself stops at 40
-STEPS_MAX: Final = 16_384  # eight times the 2,048 components that fit into a path
+FOLLOWED_MAX: Final = (
+    2**22
+)  # components of symlink targets: seconds, where 255 links of 2,048 each take one path a second
 XATTR_VALUE_MAX: Final = 65_535  # EROFS has 16 bits for it; Linux allows one byte more
 XATTRS_MAX: Final = 65_536  # bytes; linux/limits.h, XATTR_LIST_MAX for the names, here with the values
 IMPLIED_MAX: Final = 2**20
@@ -102,6 +104,7 @@ class Upper:
         self._borrowed: list[tuple[bytes, Entry]] = []
         self._stamps: dict[Node, int] = {}  # number of the last link entry whose header went into a node (H7)
         self._implied = 0
+        self._followed = 0
 
     # --- what is said about an entry --------------------------------------------------------------------------------
 
@@ -125,7 +128,7 @@ class Upper:
 
     # --- the stream -------------------------------------------------------------------------------------------------
 
-    def read(self, layer: LayerInput) -> None:  # noqa: C901, PLR0912
+    def read(self, layer: LayerInput) -> None:
         """Apply the layer's entries."""
         # One long function: a million turns, and each further call would cost as much as three of its lines.
         for notice in layer.notices:
@@ -185,7 +188,7 @@ class Upper:
             else:
                 siblings[name] = node
 
-    def _locate(self, entry: Entry, number: int) -> tuple[Node, bytes] | None:  # noqa: C901, PLR0911, PLR0912
+    def _locate(self, entry: Entry, number: int) -> tuple[Node, bytes] | None:  # noqa: PLR0911
         """Find where an entry goes, for every path that is not plain; None: nowhere, or it was a marker."""
         path = entry.path
         if entry.type == EntryType.OTHER:
@@ -222,14 +225,19 @@ class Upper:
             parent = self._walk(names[:-1], entry)
             if parent is None:
                 return None
-            self._directories[head] = parent
+            self._remember(head, parent)
         spelt_head, _, spelt_name = path.rstrip(b"/").rpartition(b"/")
         if spelt_name == name and not clamped:
-            self._directories[spelt_head] = parent
+            self._remember(spelt_head, parent)
         if marker:
             self._mark(parent, name, Numbered(number, entry))
             return None
         return parent, name
+
+    def _remember(self, head: bytes, directory: Node) -> None:
+        # By way of a lower symlink a path stops leading there as soon as anything takes or hides the symlink's name.
+        if not self.options.follow_dirlinks:
+            self._directories[head] = directory
 
     def _mark(self, directory: Node, name: bytes, marker: Numbered) -> None:
         """Note a whiteout (W1) or an opaque marker (W11) beside its directory."""
@@ -280,15 +288,14 @@ class Upper:
 
     # --- parents ----------------------------------------------------------------------------------------------------
 
-    def _walk(self, names: Sequence[bytes], entry: Entry) -> Node | None:  # noqa: C901  (each branch is a rule)
+    def _walk(self, names: Sequence[bytes], entry: Entry) -> Node | None:
         """Find the directory that ``names`` lead to, made where it is missing (T3, T6, T10); None if it cannot be."""
         todo = list(names[::-1])
         below = self._lower if self.options.follow_dirlinks else None
         stack: list[tuple[Node, Node | None, bytes, int]] = [(self.root, below, b"", 0)]
-        links = steps = 0
+        links = 0
         while todo:
             name = todo.pop()
-            steps += 1
             if name == b"..":
                 if len(stack) > 1:
                     stack.pop()
@@ -304,7 +311,8 @@ class Upper:
             if link is not None and link.kind is Kind.SYMLINK:
                 links += 1
                 more = components(link.target)
-                if links > LINKS_MAX or steps + len(more) > STEPS_MAX:
+                self._followed += 1 + len(more)
+                if links > LINKS_MAX or self._followed > FOLLOWED_MAX:
                     self._refuse("L3", entry, "the symlinks on its path form a loop, or are too many")
                     return None
                 if link.target.startswith(b"/"):
@@ -444,26 +452,26 @@ class Upper:
 
     def _find(self, target: bytes) -> _Found:
         """Find what the target of a hard link is at this moment."""
-        if self._hidden:
-            hidden = self._hidden.get(b"/".join(normalised(target)[0]))
-            if hidden is not None:
-                return _Found(hidden)
         head, _, name = target.rpartition(b"/")
         directory = self._directories.get(head)
-        if directory is not None and b".." not in head:
+        if directory is not None:
             node = children_of(directory).get(name)
             if node is not None:
                 return _Found(node)
-        return self._resolve(components(target)) if len(target) <= PATH_MAX else _MISSING
+        names, _ = normalised(target)
+        if self._hidden:
+            hidden = self._hidden.get(b"/".join(names))
+            if hidden is not None:
+                return _Found(hidden)
+        return self._resolve(names) if excess(names) is None else _MISSING
 
-    def _resolve(self, names: Sequence[bytes], *, follow_last: bool = False) -> _Found:  # noqa: C901  (the same)
+    def _resolve(self, names: Sequence[bytes], *, follow_last: bool = False) -> _Found:
         """Find what a path is in the upper, else in the lower before this layer's whiteouts (H1 to H3)."""
         todo = list(names[::-1])
         stack: list[tuple[Node | None, Node | None, bytes]] = [(self.root, self._lower, b"")]
-        links = steps = 0
+        links = 0
         while todo:
             name = todo.pop()
-            steps += 1
             if name == b"..":
                 if len(stack) > 1:
                     stack.pop()
@@ -473,15 +481,14 @@ class Upper:
             below = lower.children.get(name) if lower is not None and lower.children is not None else None
             node = below if above is None else above
             if node is None:
-                if not todo:
-                    return _MISSING
-                stack.append((None, None, name))  # yet ".." may lead back to something
-            elif node.kind is Kind.DIR:
+                return _MISSING
+            if node.kind is Kind.DIR:
                 stack.append((above, below, name))
             elif node.kind is Kind.SYMLINK and (todo or follow_last):
                 links += 1
                 more = components(node.target)
-                if links > LINKS_MAX or steps + len(more) > STEPS_MAX:
+                self._followed += 1 + len(more)
+                if links > LINKS_MAX or self._followed > FOLLOWED_MAX:
                     return _MISSING
                 if node.target.startswith(b"/"):
                     del stack[1:]
@@ -489,10 +496,8 @@ class Upper:
             elif not todo:
                 path = b"/".join([*(part for _, _, part in stack[1:]), name])
                 return _Found(node, path if above is None else None)
-            elif node in self._waiting:
-                return _Found(None, blocked=node)
             else:
-                stack.append((None, None, name))
+                return _Found(None, blocked=node) if node in self._waiting else _MISSING
         upper, lower, _ = stack[-1]
         return _Found(lower if upper is None else upper)
 
@@ -502,7 +507,7 @@ class Upper:
         """Say that all entries were read: what had to wait for the end happens now."""
         self._settle_links()
         if not self.options.show_whiteout_devices:
-            for parent, name, node, header in self._devices:
+            for parent, name, node, header in reversed(self._devices):  # the last of a path counts
                 if children_of(parent).get(name) is node:
                     del children_of(parent)[name]
                     self.whiteouts.setdefault(parent, {}).setdefault(name, header)
@@ -544,8 +549,9 @@ class Upper:
         self._warn("H5", link.entry.path, "its hard link target comes later in the layer")
         if found.borrowed is not None:
             self._borrowed.append((found.borrowed, link.entry))
-        for (parent, name), header in zip(link.names, link.headers, strict=True):
+        for header in link.headers:
             self._put_header(node, header)
+        for (parent, name), header in zip(reversed(link.names), reversed(link.headers), strict=True):
             siblings = children_of(parent)
             if siblings[name] is link.placeholder:
                 siblings[name] = node

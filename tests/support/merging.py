@@ -121,7 +121,7 @@ def look_at_directory(root: Path) -> dict[str, str]:
     seen = []
     for here, directories, files in os.walk(root):
         for name in directories + files:
-            path = os.path.join(here, name)  # noqa: PTH118  (names may be any bytes)
+            path = os.path.join(here, name)
             seen.append((os.path.relpath(path, root), _seen_file(path)))
     return described(seen)
 
@@ -130,10 +130,10 @@ def _seen_file(path: str) -> Seen:
     status = os.lstat(path)
     kind, holds = Kind(stat.S_IFMT(status.st_mode) >> 12).name.lower(), ""
     if kind == "file":
-        with open(path, "rb") as file:  # noqa: PTH123
+        with open(path, "rb") as file:
             holds = repr(file.read().decode("latin-1"))
     elif kind == "symlink":
-        holds = f"-> {os.readlink(path)}"  # noqa: PTH115
+        holds = f"-> {os.readlink(path)}"
     elif kind in {"char", "block"}:
         holds = f"{os.major(status.st_rdev)},{os.minor(status.st_rdev)}"
     inode = (status.st_dev, status.st_ino)

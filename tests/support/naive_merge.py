@@ -89,7 +89,9 @@ def lexical(path: bytes) -> tuple[Path, bool]:
     return result, out
 
 
-def naive_merge(layers: Sequence[tuple[int, Sequence[Entry]]], options: MergeOptions) -> tuple[View, list[tuple[str, int, bytes]]]:
+def naive_merge(
+    layers: Sequence[tuple[int, Sequence[Entry]]], options: MergeOptions
+) -> tuple[View, list[tuple[str, int, bytes]]]:
     """Every path with its thing, and the warnings as (rule, layer, path)."""
     first = layers[0][0] if layers else 1
     view: View = {ROOT: Thing(EntryType.DIR, (first, -1))}
@@ -104,9 +106,7 @@ def naive_merge(layers: Sequence[tuple[int, Sequence[Entry]]], options: MergeOpt
 
 
 class _Layer:
-    def __init__(
-        self, number: int, lower: View, options: MergeOptions, warnings: list[tuple[str, int, bytes]]
-    ) -> None:
+    def __init__(self, number: int, lower: View, options: MergeOptions, warnings: list[tuple[str, int, bytes]]) -> None:
         self.number = number
         self.lower = lower
         self.options = options
@@ -135,25 +135,32 @@ class _Layer:
         if entry.type == EntryType.OTHER:
             return
         if entry.path == b"":
-            return self.warn("T15", entry)
+            self.warn("T15", entry)
+            return
         path, out = lexical(entry.path)
         if out:
             self.warn("T13", entry)
         if path == ROOT:
             if entry.type != EntryType.DIR:
-                return self.refuse("T14", entry)
-            return self.put_directory(ROOT, position, entry)
+                self.refuse("T14", entry)
+                return
+            self.put_directory(ROOT, position, entry)
+            return
         if path[0].startswith(b".wh..wh.") and path[0] != b".wh..wh..opq":
-            return self.put_aside(path, position, entry)
+            self.put_aside(path, position, entry)
+            return
         name = path[-1]
         if name in (b".wh.", b".wh..", b".wh..."):
-            return self.refuse("W15", entry)
+            self.refuse("W15", entry)
+            return
         try:
             parent = self.real_directory(path[:-1], entry)
         except RecursionError:
-            return self.refuse("L3", entry)
+            self.refuse("L3", entry)
+            return
         if name.startswith(b".wh."):
-            return self.put_marker(parent, name, position, entry)
+            self.put_marker(parent, name, position, entry)
+            return
         here = (*parent, name)
         if entry.type == EntryType.DIR:
             self.put_directory(here, position, entry)
@@ -162,7 +169,6 @@ class _Layer:
         else:
             self.put(here, self.thing(position, entry), entry)
         self.placed[here] = (position, entry)
-        return None
 
     def thing(self, position: int, entry: Entry) -> Thing:
         thing = Thing(entry.type, (self.number, position), entry.mode)
@@ -191,18 +197,18 @@ class _Layer:
             for table in (self.upper, self.whiteouts, self.opaque):
                 for other in list(table):
                     if path in parents(other):
-                        del table[other]  # type: ignore[attr-defined]
+                        del table[other]
             self.opaque.pop(path, None)
         self.upper[path] = thing
 
     def put_directory(self, path: Path, position: int, entry: Entry) -> None:
         before = self.upper.get(path)
         if before is None or not before.is_directory:
-            return self.put(path, self.thing(position, entry), entry)
+            self.put(path, self.thing(position, entry), entry)
+            return
         if not before.implied:
             self.warn("T5", entry)
         self.upper[path] = self.thing(position, entry)
-        return None
 
     def put_marker(self, parent: Path, name: bytes, position: int, entry: Entry) -> None:
         if name == b".wh..wh..opq":
@@ -264,7 +270,9 @@ class _Layer:
         """The upper, and of the lower what the upper has nothing for; no whiteouts."""
         seen = dict(self.upper)
         for path, thing in self.lower.items():
-            if path not in seen and all(step not in self.upper or self.upper[step].is_directory for step in parents(path)):
+            if path not in seen and all(
+                step not in self.upper or self.upper[step].is_directory for step in parents(path)
+            ):
                 seen[path] = thing
         return seen
 
@@ -282,23 +290,25 @@ class _Layer:
             thing = view.get(there)
             if thing in waiting:
                 return (thing if not names else None), there, thing
-            if thing is None and not names:
+            if thing is None:
                 return None, there, None
-            if thing is not None and thing.kind == EntryType.SYMLINK and (names or follow_last):
+            if thing.kind == EntryType.SYMLINK and (names or follow_last):
                 hops += 1
                 if hops > 255:
                     return None, there, None
                 names = names_of(thing.target) + names
                 here = ROOT if thing.target.startswith(b"/") else here
                 continue
+            if not thing.is_directory:
+                return (None if names else thing), there, None
             here = there
-        return view.get(here), here, None
+        return view[here], here, None
 
     def target(self, entry: Entry) -> tuple[Thing | None, Path, Thing | None]:
         path, _ = lexical(entry.link)
         if path in self.aside:
             return self.aside[path], path, None
-        return self.search(names_of(entry.link))
+        return self.search(list(path))
 
     def put_link(self, path: Path, position: int, entry: Entry) -> None:
         found, where, _ = self.target(entry)
@@ -363,7 +373,8 @@ class _Layer:
             self.settle(next(other for other in self.pending if other[2] is waiting), entered)
         self.pending.remove(link)
         if found is None or found.is_directory:
-            return self.refuse("H6", entry)
+            self.refuse("H6", entry)
+            return
         self.warn("H5", entry)
         self.note_origin(found, where, entry)
         for bound, position, header in self.bound_to_pending:
@@ -373,9 +384,9 @@ class _Layer:
             if thing is placeholder:
                 self.upper[path] = found
         self.bound_to_pending = [
-            (found if bound is placeholder else bound, *rest) for bound, *rest in self.bound_to_pending  # type: ignore[misc]
+            (found if bound is placeholder else bound, position, header)
+            for bound, position, header in self.bound_to_pending
         ]
-        return None
 
     def combined(self) -> View:
         if self.options.single_layer:
@@ -391,7 +402,10 @@ class _Layer:
             steps = steps_to(path)
             if any(step in self.whiteouts or step[:-1] in self.opaque for step in steps):
                 continue
-            if any(step in self.upper and not (self.upper[step].is_directory and self.lower[step].is_directory) for step in steps):
+            if any(
+                step in self.upper and not (self.upper[step].is_directory and self.lower[step].is_directory)
+                for step in steps
+            ):
                 continue
             result[path] = thing
         for path, thing in self.upper.items():
@@ -412,4 +426,4 @@ class _Layer:
 
 def changed(entry: Entry, **changes: object) -> Entry:
     values = {name: getattr(entry, name) for name in Entry.__struct_fields__}
-    return Entry(**(values | changes))  # type: ignore[arg-type]
+    return Entry(**(values | changes))
