@@ -1,0 +1,270 @@
+"""The one place that joins reference, source, documents, layer indexes and tree: from a reference to an open image.
+
+Three steps, each usable alone, because commands need different depths:
+
+1. `resolve`: reference → source → documents of the image for the platform. Reads no layer.
+2. `open_layers`: per layer, the index from the store, or built by one pass over the blob and stored.
+3. `open_image`: the merged tree from the store, or merged from the indexes and stored; with the layers' data.
+
+Everything that is built is built once and kept under a key that says what it was made from:
+
+* a layer index under the digest of the blob; where a source gives none (docker-archive) under diff ID, compression and
+  stored size, which the index pass checks;
+* an image tree under a hash of both format versions, the ordered layer keys and every option that changes the tree;
+* a compressed outer archive is indexed as a layer is, under its own SHA-256, which is remembered by the file's identity
+  (device, inode, size, mtime, ctime), so that a second look does not read it again.
+
+Not here: how anything is found (`ocifs.sources`), kept (`ocifs.store`), indexed, merged or read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Self
+
+import msgspec
+
+from ocifs import image_tree, overlay, reference, sources
+from ocifs.errors import MachineError, UnsupportedError, UsageError
+from ocifs.forked import run_forked
+from ocifs.image.indexing import Indexing, OpenLayer, Progress, Silent, closing, layer_key
+from ocifs.image.outer import open_outer_archive
+from ocifs.image_tree import ImageTree
+from ocifs.reference import Reference
+from ocifs.sources import Blob, LayerBlob, ResolvedImage
+from ocifs.spec import Platform
+from ocifs.store import Kind, Store, StoredFile
+from ocifs.tree import Warned
+
+__all__ = [
+    "Image",
+    "ImageOptions",
+    "OpenLayer",
+    "Progress",
+    "Resolved",
+    "Silent",
+    "chosen_layers",
+    "layer_key",
+    "open_image",
+    "open_layers",
+    "open_source",
+    "resolve",
+]
+
+
+class ImageOptions(msgspec.Struct, frozen=True):
+    """What a user can ask for that changes which image is opened or what its tree is."""
+
+    platform: Platform | None = None
+    """None: this machine's."""
+    upto: int | None = None
+    """Only the first N layers (from 1). A reference's ``#N`` says the same; the smaller one counts."""
+    layer: int | None = None
+    """That layer alone, merged as under examination, its whiteouts shown as files."""
+    examine: bool = False
+    show_whiteout_devices: bool = False
+    follow_dirlinks: bool = False
+    all_xattrs: bool = False
+    namespace: str = "default"
+    containerd_root: str | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Resolved:
+    """A reference with the documents it leads to."""
+
+    reference: Reference
+    image: ResolvedImage
+
+    @property
+    def warnings(self) -> tuple[Warned, ...]:
+        """What was noticed on the way."""
+        return self.image.warnings
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Image:
+    """An open image: documents, layers and tree. ``layers`` are those that are part of the tree."""
+
+    resolved: Resolved
+    layers: tuple[OpenLayer, ...]
+    tree: ImageTree
+    _tree_file: StoredFile
+
+    @property
+    def warnings(self) -> tuple[Warned, ...]:
+        """Everything noticed: documents, layers, merge."""
+        return (*self.resolved.warnings, *self.tree.warnings())
+
+    def close(self) -> None:
+        """Close tree and layers."""
+        self.tree.close()
+        self._tree_file.close()
+        for layer in self.layers:
+            layer.close()
+
+    def __enter__(self) -> Self:
+        """Nothing to do: the image is open already."""
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Close."""
+        self.close()
+
+
+# -- 1: documents --------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def open_source(
+    text: str, options: ImageOptions, store: Store | None, progress: Progress | None = None
+) -> Iterator[tuple[Reference, sources.Source]]:
+    """The source that a reference names, open for the length of the block.
+
+    ``store`` is needed for compressed archives only; without one they are refused.
+    """
+    parsed = reference.parse(text)
+
+    def open_archive(path: bytes) -> Blob:
+        if store is None:
+            message = f"{os.fsdecode(path)} is a compressed archive, which cannot be read without a cache"
+            raise UnsupportedError(message)
+        return open_outer_archive(path, store, progress or Silent())
+
+    source = sources.open_source(
+        parsed,
+        open_archive=open_archive,
+        namespace=options.namespace,
+        root=os.fsencode(options.containerd_root) if options.containerd_root else sources.CONTAINERD_ROOT,
+    )
+    try:
+        yield parsed, source
+    finally:
+        source.close()
+
+
+def resolve(text: str, options: ImageOptions, store: Store | None, progress: Progress | None = None) -> Resolved:
+    """Find the image that ``text`` names, for the platform asked for. See `ocifs.sources.Source.resolve` for errors."""
+    with open_source(text, options, store, progress) as (parsed, source):
+        found = source.resolve(parsed.selector, options.platform, examine=options.examine)
+        return Resolved(parsed, found)
+
+
+# -- 2: layers -----------------------------------------------------------------------------------------------------
+
+
+def chosen_layers(resolved: Resolved, options: ImageOptions) -> tuple[LayerBlob, ...]:
+    """The layers that ``--upto``, ``#N`` and ``--layer`` leave. Raises `UsageError` naming how many there are."""
+    layers = resolved.image.layers
+    if options.layer is not None:
+        if not 1 <= options.layer <= len(layers):
+            message = f"there is no layer {options.layer}: the image has {len(layers)}, counted from 1"
+            raise UsageError(message)
+        return (layers[options.layer - 1],)
+    limits = [limit for limit in (options.upto, resolved.reference.upto) if limit is not None]
+    limit = min(limits, default=len(layers))
+    if limits and not 1 <= limit <= len(layers):
+        message = f"the image cannot be taken up to layer {limit}: it has {len(layers)}, counted from 1"
+        raise UsageError(message)
+    return layers[:limit]
+
+
+def open_layers(
+    resolved: Resolved, store: Store, options: ImageOptions, progress: Progress | None = None
+) -> tuple[OpenLayer, ...]:
+    """Open the layers that the options leave, each with its index, building those that are not in the store.
+
+    Several are built at once. Raises what makes a layer unusable (missing, encrypted, not what was expected) unless
+    ``options.examine`` can make do.
+    """
+    artifact = resolved.image.artifact
+    if artifact is not None:
+        message = (
+            f"{resolved.reference.text} is no root file system but {artifact}; 'ocifs inspect' shows what is in it"
+        )
+        raise UnsupportedError(message)
+    indexing = Indexing(store, tolerant=options.examine, progress=progress or Silent())
+    with ExitStack() as undo:
+        for layer in chosen_layers(resolved, options):
+            undo.push(closing(indexing.add(layer)))
+        indexing.finish()
+        opened = tuple(one.opened() for one in indexing.wanted)
+        undo.pop_all()
+        return opened
+
+
+# -- 3: the tree ---------------------------------------------------------------------------------------------------
+
+
+def open_image(text: str, store: Store, options: ImageOptions, progress: Progress | None = None) -> Image:
+    """Open the image that ``text`` names: documents, layers, and the merged tree, from the store where it has them.
+
+    Raises the errors of `resolve` and `open_layers`, and `DamagedError` for what the layer rules refuse.
+    """
+    progress = progress or Silent()
+    resolved = resolve(text, options, store, progress)
+    layers = open_layers(resolved, store, options, progress)
+    with ExitStack() as undo:
+        for layer in layers:
+            undo.callback(layer.close)
+        key = _tree_key(layers, options)
+        tree, file = store.get_or_build(
+            Kind.TREE,
+            key,
+            load=lambda file: (ImageTree.open(file.fd, name=file.name), file),
+            build=lambda: _build_tree(key, layers, store, options, progress),
+            waiting=lambda: progress.waiting("the merged tree"),
+        )
+        undo.pop_all()
+        return Image(resolved, layers, tree, file)
+
+
+def _merge_options(options: ImageOptions) -> overlay.MergeOptions:
+    return overlay.MergeOptions(
+        examine=options.examine or options.layer is not None,
+        show_whiteout_devices=options.show_whiteout_devices,
+        follow_dirlinks=options.follow_dirlinks,
+        all_xattrs=options.all_xattrs,
+        single_layer=options.layer is not None,
+    )
+
+
+def _tree_key(layers: Sequence[OpenLayer], options: ImageOptions) -> str:
+    made_from = (
+        image_tree.FORMAT_VERSION,
+        overlay.RULES_VERSION,
+        [(layer.number, layer.key) for layer in layers],
+        _merge_options(options),
+    )
+    return hashlib.sha256(msgspec.json.encode(made_from)).hexdigest()
+
+
+def _build_tree(key: str, layers: Sequence[OpenLayer], store: Store, options: ImageOptions, progress: Progress) -> None:
+    progress.merging(len(layers))
+    inputs = [
+        overlay.LayerInput(layer.number, layer.index.entries(), layer.index.damage, layer.index.notices)
+        for layer in layers
+    ]
+    by_number = {layer.number: layer for layer in layers}
+    # Device N of the tree is layer N; a layer shown alone leaves the devices before it empty.
+    devices = [
+        (by_number[number].index.diff_id.hex, by_number[number].index.layer_size) if number in by_number else ("", 0)
+        for number in range(1, max(by_number, default=0) + 1)
+    ]
+    with store.new(Kind.TREE) as new:
+
+        def work() -> None:
+            tree = overlay.merge(inputs, _merge_options(options))
+            try:
+                image_tree.write(tree, new.file, layers=devices, rules_version=overlay.RULES_VERSION, key=key)
+                new.file.flush()
+            except OSError as error:
+                message = f"cannot write the image tree into the cache directory {store.path}: {error.strerror}"
+                raise MachineError(message) from error
+
+        run_forked(work, "merges the layers")
+        new.publish(key)
