@@ -15,7 +15,7 @@ import errno
 from collections.abc import Iterator
 
 from ocifs.erofs import ROOT_NID, DirectoryEntry, Inode
-from ocifs.errors import NotFoundError, OcifsError
+from ocifs.errors import DamagedError, NotFoundError, OcifsError
 from ocifs.image import Image
 from ocifs.image_tree import ImageTree
 from ocifs.spans import SpanCache, SpanReader
@@ -25,7 +25,7 @@ SYMLINK_LIMIT = 40
 """Symbolic links followed in one path before ELOOP: the kernel's MAXSYMLINKS (include/linux/namei.h)."""
 
 
-class NotReadableError(OcifsError):
+class NotReadableError(DamagedError):
     """An entry that has no data to give: its hard link's target is missing (rule H6 under examination)."""
 
 
