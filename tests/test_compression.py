@@ -258,6 +258,13 @@ def test_a_trailer_whose_member_began_earlier_says_how_much_was_before() -> None
     assert tail(rest + following, size + second.offset) == second.offset
 
 
+def test_an_empty_member_has_a_checksum_too() -> None:
+    stored = member(TEXT) + member(b"")
+    stored = stored[:-8] + b"\1" + stored[-7:]
+    with pytest.raises(DamagedError, match="an empty gzip member's trailer has a wrong checksum"):
+        check_last_span(stored, bit=0, window=b"", size=len(TEXT), at_header=True)
+
+
 @given(st.binary(max_size=200), st.integers(0, 7), st.booleans())
 @example(b"", 3, False)  # noqa: FBT003
 def test_random_bytes_inflate_or_are_damage(data: bytes, bit: int, at_header: bool) -> None:  # noqa: FBT001

@@ -38,6 +38,7 @@ from ocifs.layer_index import child as child_module
 from ocifs.layer_index import format as format_module
 from ocifs.spec import DiffID, Digest
 from ocifs.tar import EntryType, TarScanner
+from tests.fuzz import fuzz_decoders
 from tests.support import tarball as t
 
 if TYPE_CHECKING:
@@ -799,3 +800,8 @@ def test_compression_is_what_the_blob_is() -> None:
     assert small().index.compression is Compression.GZIP
     assert indexed(b"").index.compression is Compression.EMPTY
     assert sys.byteorder in {"little", "big"}
+
+
+@pytest.mark.parametrize("number", range(24))
+def test_a_moment_of_fuzzing(number: int) -> None:
+    fuzz_decoders.check(number)

@@ -309,9 +309,12 @@ class _Span:
         trailer = self._stored[self._at : self._at + TRAILER_SIZE]
         if len(trailer) < TRAILER_SIZE:
             raise DamagedError("the gzip data ends within a member's trailer")
-        (size,) = struct.unpack("<4xI", trailer)
+        crc32, size = struct.unpack("<II", trailer)
         if self.member_size is None:
             self.before = (size - self._given) & 0xFFFFFFFF
+        elif self.member_size == 0 and crc32:
+            # The one checksum that rapidgzip overlooks. The CRC-32 of nothing is 0.
+            raise DamagedError("an empty gzip member's trailer has a wrong checksum")
         elif size != self.member_size & 0xFFFFFFFF:
             raise DamagedError("a gzip member's trailer has another size than its data")
         self._at += TRAILER_SIZE

@@ -168,7 +168,8 @@ def _wants_input(member: _Gzip | _Xz | _Bzip2) -> bool:
 
 
 def _sentence(error: Exception) -> str:
-    return str(error).strip().rstrip(".") or type(error).__name__
+    # zlib's begin with "Error -3 while decompressing data: ", of which only the rest says something.
+    return str(error).rpartition("decompressing data: ")[2].strip().rstrip(".") or type(error).__name__
 
 
 def _steps(chunks: Iterator[bytes]) -> Iterator[bytes]:

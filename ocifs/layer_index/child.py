@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import faulthandler
 import os
 import resource
 import select
@@ -269,6 +270,7 @@ def _live_alone(parent: int) -> None:
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGALRM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_DFL)
     signal.set_wakeup_fd(-1)
+    faulthandler.disable()  # whose descriptor is the parent's, too
     # rapidgzip explains itself on standard error, which is the user's.
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)

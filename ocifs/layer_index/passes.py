@@ -19,7 +19,8 @@ stock inflate that readers use, from the span's bit and (sparse) window, and com
 that the blob ends as gzip must. Whatever does not hold sends the blob the slow and certain way, whose verdict counts.
 
 Threads: one lane hashes what was decompressed, one what is stored, one compresses the copy, while the main thread
-decompresses and parses; hashlib and the compression libraries release the GIL. A lane runs its jobs one after the other, so each hash has one owner.
+decompresses and parses; hashlib and the compression libraries release the GIL. A lane runs its jobs one after the
+other, so each hash has one owner.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ import os
 import struct
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import BinaryIO, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, BinaryIO, Final, NamedTuple, Protocol
 
 import msgspec
 import rapidgzip
@@ -46,6 +47,9 @@ from ocifs.errors import DamagedError, MachineError, OcifsError, UnsupportedErro
 from ocifs.layer_index.format import Mismatch, Writer
 from ocifs.spec import DiffID, Digest, Hasher
 from ocifs.tar import Damage, TarScanner, TarSummary
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer as Buffer
 
 GZIP_SPAN: Final = 2 << 20
 """Bytes that a gzip span decodes to, about: rapidgzip's chunk size.
@@ -380,6 +384,8 @@ class _Pass:
                     held = 0
                 groups[-1].append(frame)
                 held += frame.bound
+        except UnsupportedError as error:
+            raise UnsupportedError(f"{self.blob.name}: {error}") from None
         except DamagedError as error:
             if not self.job.tolerant:
                 self._broken(error)
@@ -656,53 +662,84 @@ class _Start(NamedTuple):
     bit_offset: int
     """In the blob, in bits."""
     layer_offset: int
-    window_offset: int | None
-    """In the exported index; None if there is no window."""
+    window: int | None
+    """Number of its window; None if it needs none."""
 
 
-class _Checkpoints:
-    """Restart points as rapidgzip exports them, in the format of indexed_gzip (``zran_export_index`` there).
+class _Exported(io.BytesIO):
+    """A file that rapidgzip exports its index to, in the format of indexed_gzip (``zran_export_index`` there).
 
     ``GZIDX``, version, flags, compressed and uncompressed size (8 each), spacing, window size, number of points (4
     each); for each point: compressed offset rounded up, uncompressed offset (8 each), how many bits of the byte before
-    belong to it (1), whether it has a window (1); then all windows, 32 KiB each.
+    belong to it (1), whether it has a window (1); then all windows, 32 KiB each. The windows of a blob of 10 GB would
+    take 160 MB, so they are compressed as they come.
     """
 
-    _HEAD = struct.Struct("<5sBBQQIII")
-    _POINT = struct.Struct("<QQBB")
+    HEAD = struct.Struct("<5sBBQQIII")
+    POINT = struct.Struct("<QQBB")
 
-    def __init__(self, exported: bytes | memoryview) -> None:
-        self._exported = exported
-        magic, version, _flags, _stored, self.layer_size, _spacing, window_size, count = self._HEAD.unpack_from(
-            exported
+    def __init__(self) -> None:
+        super().__init__()
+        self.points = b""
+        """Everything before the windows, once it has come."""
+        self.windows: list[bytes] = []
+        """Each as a zstd frame."""
+        self._held = bytearray()
+        self._compressor = zstandard.ZstdCompressor(level=1)
+
+    def write(self, data: Buffer, /) -> int:
+        size = memoryview(data).nbytes
+        self._held += data
+        if not self.points and len(self._held) >= self.HEAD.size:
+            end = self.HEAD.size + self.HEAD.unpack_from(self._held)[7] * self.POINT.size
+            if len(self._held) >= end:
+                self.points = bytes(self._held[:end])
+                del self._held[:end]
+        while self.points and len(self._held) >= MAX_WINDOW:
+            self.windows.append(self._compressor.compress(self._held[:MAX_WINDOW]))
+            del self._held[:MAX_WINDOW]
+        return size
+
+    @property
+    def complete(self) -> bool:
+        return bool(self.points) and not self._held
+
+
+class _Checkpoints:
+    """Restart points: where our spans begin, by what rapidgzip exported."""
+
+    def __init__(self, exported: _Exported) -> None:
+        if not exported.complete:
+            raise _Distrusted("an index of another size")
+        self._windows = exported.windows
+        magic, version, _flags, _stored, self.layer_size, _spacing, window_size, count = exported.HEAD.unpack_from(
+            exported.points
         )
         if magic != b"GZIDX" or version != 1 or window_size != MAX_WINDOW:
             raise _Distrusted("an index of another format")
-        at = self._HEAD.size + count * self._POINT.size
-        starts = [_Start(0, 0, None)]
+        windows = itertools.count()
+        self.starts = [_Start(0, 0, None)]
         for number in range(count):
-            offset, layer_offset, bits, has_window = self._POINT.unpack_from(
-                exported, self._HEAD.size + number * self._POINT.size
+            offset, layer_offset, bits, has_window = exported.POINT.unpack_from(
+                exported.points, exported.HEAD.size + number * exported.POINT.size
             )
-            window = at if has_window else None
-            at += MAX_WINDOW if has_window else 0
+            window = next(windows) if has_window else None
             # The first point lies behind the first member's header; our first span begins before it. A point that
             # gives nothing more (an empty member, the end) is none. Of several at one place the first is as good.
-            if starts[-1].layer_offset < layer_offset < self.layer_size:
-                starts.append(_Start(offset * 8 - bits, layer_offset, window))
-        if at != len(exported):
-            raise _Distrusted("an index of another size")
-        self.starts = starts
+            if self.starts[-1].layer_offset < layer_offset < self.layer_size:
+                self.starts.append(_Start(offset * 8 - bits, layer_offset, window))
+        if next(windows) != len(self._windows):
+            raise _Distrusted("an index with another number of windows")
 
     @classmethod
     def exported(cls, file: _RapidgzipFile) -> _Checkpoints:
-        buffer = io.BytesIO()
-        file.export_index(buffer, rapidgzip.IndexFormat.INDEXED_GZIP)
-        return cls(buffer.getbuffer())
+        exported = _Exported()
+        file.export_index(exported, rapidgzip.IndexFormat.INDEXED_GZIP)
+        return cls(exported)
 
     def window(self, number: int) -> bytes:
-        at = self.starts[number].window_offset
-        return b"" if at is None else bytes(self._exported[at : at + MAX_WINDOW])
+        window = self.starts[number].window
+        return b"" if window is None else zstandard.decompress(self._windows[window])
 
 
 class _SeekableBlob(io.RawIOBase):
