@@ -78,9 +78,8 @@ def snapshot(top: Path) -> dict[bytes, tuple[object, ...]]:
                 content = Path(os.fsdecode(path)).read_bytes()
             elif stat.S_ISLNK(status.st_mode):
                 content = os.readlink(path)
-            xattrs = {
-                key: os.getxattr(path, key, follow_symlinks=False) for key in os.listxattr(path, follow_symlinks=False)
-            }
+            keys = sorted(os.listxattr(path, follow_symlinks=False))
+            xattrs = tuple((key, os.getxattr(path, key, follow_symlinks=False)) for key in keys)
             first = groups.setdefault(status.st_ino, relative) if not stat.S_ISDIR(status.st_mode) else relative
             found[relative] = (
                 *(status.st_mode, status.st_uid, status.st_gid, status.st_mtime_ns, status.st_rdev),
