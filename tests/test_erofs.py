@@ -183,6 +183,22 @@ def test_last_block_may_hold_one_short_name() -> None:
     assert image.lookup(1, b"d") is None
 
 
+def test_a_directorys_last_block_is_never_cut_whatever_lies_before_it() -> None:
+    """Behind its inode it must lie within one block; attributes of any length shift it, a long one goes elsewhere."""
+    directories = {}
+    for value in range(0, 64, 4):
+        for tail in (400, 447, 448, 480, 490, 500, 505, 511):
+            names = {b"n" * 230: file(1), b"x" * (tail - 27 - 242 - 12): file(1)}
+            directories[b"%d-%d" % (value, tail)] = directory(names, xattrs=((b"user.x", b"v" * value),))
+    image = Image(encode(directory(directories)))
+    for name in directories:
+        nid = image.lookup(1, name)
+        assert nid is not None
+        assert image.inode(nid).size == int(name.split(b"-")[1])
+        assert len(list(image.readdir(nid))) == 4
+        assert image.lookup(nid, b"n" * 230) is not None
+
+
 def test_names_that_are_parts_of_others_are_told_apart() -> None:
     """Names lie one behind the other without a separator, so a search finds them across borders too."""
     names = [b"ab", b"abc", b"abca", b"b", b"bc", b"bca", b"ca"]

@@ -252,6 +252,22 @@ def test_an_inode_across_the_border_of_two_blocks_is_verified_with_both(tmp_path
         tree.image.inode(crossing[0])
 
 
+def test_attributes_longer_than_a_block_are_verified_to_their_end(tmp_path: Path) -> None:
+    xattrs = tuple((b"user.%d" % number, b"%d" % number * 60_000) for number in range(4))
+    behind = ((b"user.behind", b"b" * 65_000), (b"user.more", b"m" * 65_000))
+    raw = bytearray(written(directory({b"f": file(1, xattrs=xattrs), b"g": file(1, xattrs=behind)})))
+    with opened(tmp_path, bytes(raw)) as tree:
+        nid = nid_of(tree, b"f")
+        assert tree.image.xattrs(nid) == dict(xattrs)
+    at = raw.index(b"3" * 60_000) + 59_000
+    assert at >> 16 >= 3
+    raw[at] ^= 1
+    with opened(tmp_path, bytes(raw)) as tree:
+        assert tree.image.inode(nid).size == 1
+        with pytest.raises(DamagedError, match=f"block {at >> 16} of 64 KiB"):
+            tree.image.xattrs(nid)
+
+
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.integers(0, 10**9), st.integers(0, 7))
 def test_any_flipped_bit_is_found(tmp_path_factory: pytest.TempPathFactory, where: int, bit: int) -> None:

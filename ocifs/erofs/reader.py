@@ -78,6 +78,7 @@ _NAME_OFFSETS: Final = {
 """The name offsets of a block, by the offset of its first name (which tells how many there are)."""
 _NID: Final = struct.Struct("<Q")
 _NO_DEVICE: Final = (0, 0)
+_DIRECTORY: Final = int(Kind.DIR)
 
 
 class Inode(msgspec.Struct, frozen=True, gc=False):
@@ -227,7 +228,17 @@ class Image:
 
     def _directory(self, nid: int) -> tuple[int, int, int, int]:
         """Of a directory: where its whole blocks are, how many, where its inline tail is, how many bytes that has."""
-        _, layout, behind, size, union = self._head(nid, Kind.DIR)
+        offset = self._base + (nid << SLOT_BITS)
+        if not self._base <= offset <= self._last:
+            self._damaged(f"inode {nid} is outside of it")
+        if self._unchecked[offset >> CHECK_BITS]:
+            self._check(offset >> CHECK_BITS)
+        layout, attributes, mode, _, size, union = _HEAD.unpack_from(self._data, offset)
+        if mode >> 12 != _DIRECTORY:
+            self._damaged(f"at {nid} there is no directory")
+        behind = offset + INODE_SIZE
+        if attributes:
+            behind += XATTR_HEADER_SIZE + 4 * (attributes - 1)
         start = union << BLOCK_BITS
         if layout == FORMAT_INLINE:
             blocks, tail = size >> BLOCK_BITS, size & BLOCK_SIZE - 1
@@ -246,6 +257,7 @@ class Image:
         start, blocks, behind, tail = self._directory(nid)
         data = self._data
         unchecked = self._unchecked
+        first_two = _FIRST_TWO.unpack_from
         # The last block whose first name is not behind ours; the tail counts as the block after the others.
         low, high = 0, blocks + bool(tail) - 1
         while low < high:
@@ -253,7 +265,12 @@ class Image:
             offset = start + (middle << BLOCK_BITS) if middle < blocks else behind
             if unchecked[offset >> CHECK_BITS]:
                 self._check(offset >> CHECK_BITS)
-            if name < self._first_name(nid, offset, BLOCK_SIZE if middle < blocks else tail):
+            first, second = first_two(data, offset) if middle < blocks else (DIRENT_SIZE, 0)
+            if DIRENT_SIZE < first < second <= BLOCK_SIZE:
+                least = data[offset + first : offset + second]
+            else:  # the tail, a single name, or damage
+                least = self._first_name(nid, offset, BLOCK_SIZE if middle < blocks else tail)
+            if name < least:
                 high = middle - 1
             else:
                 low = middle
@@ -268,6 +285,10 @@ class Image:
             block = data[behind : behind + tail]
         else:
             return None
+        return self._find(nid, block, name)
+
+    def _find(self, nid: int, block: bytes, name: bytes) -> int | None:
+        """The nid of a name in one block of directory ``nid``."""
         # The names lie one behind the other without a separator: a match counts where a name starts and ends.
         first = block[8] | block[9] << 8 if len(block) > DIRENT_SIZE else 0
         names = _NAME_OFFSETS.get(first)
