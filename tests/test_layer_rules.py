@@ -535,6 +535,16 @@ def test_l3_a_chain_of_255_symlinks_is_followed_and_one_of_256_is_not() -> None:
     assert "rule L3" in refused(layer(*chain, entry("s0/x", b"x")))
 
 
+def test_l3_following_symlinks_has_a_bound_for_a_whole_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ocifs.overlay.upper.FOLLOWED_MAX", 10)
+    lower = layer(entry("r/f", b"f"))
+    paths = [entry("s", link="./r")] + [entry(f"s/{number}/x") for number in range(6)]
+    assert "rule L3: entry 's/5/x'" in refused(lower, layer(*paths))
+    assert sorted(at(merged([layer(*paths)], examine=True), "r").children or ()) == [b"0", b"1", b"2", b"3", b"4"]
+    links = [entry("s", link="./r")] + [hard(f"l{number}", "s/f") for number in range(6)]
+    assert "rule H6: entry 'l5'" in refused(lower, layer(*links))
+
+
 def test_t11_a_whiteout_through_a_lower_symlink_makes_a_directory_in_its_place() -> None:
     assert plain(LINKED, layer(entry("a/.wh.f"))) == {"a": "dir", "b": "dir 700", "b/f": "file 'f'"}
 
@@ -644,6 +654,14 @@ def test_l1_a_path_over_4095_bytes_is_left_out() -> None:
     tree = merged([tar])
     assert [path for path in look(tree, [tar]) if not path.endswith("d")] == [f"{deep}/{'f' * 127}"]
     assert rules(tree) == ["L1", "L1"]
+
+
+def test_l1_a_path_is_not_taken_apart_if_it_is_spelt_too_long() -> None:
+    tar = layer(entry("./" * 40_000 + "x"), hard("l", "./" * 40_000 + "x"))
+    tree = merged([tar], examine=True)
+    assert look(tree, [tar]) == {"l": "file unreadable"}
+    assert rules(tree) == ["L1", "H6"]
+    assert len(tree.warnings[0].path) == 4095
 
 
 def test_l1_symlinks_do_not_lead_deeper_either() -> None:
@@ -1040,10 +1058,15 @@ def test_a_layer_shown_alone_shows_its_whiteouts_as_empty_files() -> None:
 
 
 def test_the_last_marker_of_a_name_is_the_one_shown() -> None:
-    twice = [entry("d/x", type=CHAR, rdev=ZERO, mode=0o600), entry("d/x", type=CHAR, rdev=ZERO, mode=0o640)]
+    twice = [entry("d/z", type=CHAR, rdev=ZERO), hard("d/x", "d/z", mode=0o600), hard("d/x", "d/z", mode=0o640)]
     upper = layer(*twice, entry(".wh.y", mode=0o600), entry(".wh.y", mode=0o640))
     tree = merged([upper], single_layer=True)
-    assert look(tree, [upper]) == {".wh.y": "file 640 ''", "d": "dir", "d/.wh.x": "file 640 ''"}
+    assert look(tree, [upper]) == {
+        ".wh.y": "file 640 ''",
+        "d": "dir",
+        "d/.wh.x": "file 640 ''",
+        "d/.wh.z": "file ''",
+    }
     assert rules(tree) == ["T5", "T5"]
 
 

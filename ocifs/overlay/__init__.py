@@ -44,7 +44,8 @@ own place in the stream.
 **Beyond the rows**, where they are silent and Linux sets a limit:
 
 ==  ==================================================================================================================
-L1  a path longer than 4,095 bytes is left out with a warning, like a name over 255 (T17): no engine can make it
+L1  a path longer than 4,095 bytes (65,536 as spelt) is left out with a warning, like a name over 255 (T17): no engine
+    can make it
 L2  a symlink target that is empty or over 4,095 bytes is refused, for engines fail; examined, it is a file that reads
     EIO
 L3  over 255 symlinks on one path, or symlinks of over 4,194,304 components followed in one layer: on the way to a

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 NAME_MAX: Final = 255  # bytes; linux/limits.h
 PATH_MAX: Final = 4095  # bytes; linux/limits.h, without the final NUL
+SPELT_MAX: Final = 65_536  # bytes of a path before it is normalised: no engine opens one that long
 SHOWN_MAX: Final = 200  # characters of a path in a message
 
 

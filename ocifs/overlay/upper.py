@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from ocifs.errors import DamagedError
-from ocifs.overlay.paths import NAME_MAX, PATH_MAX, components, excess, normalised, shown
+from ocifs.overlay.paths import NAME_MAX, PATH_MAX, SPELT_MAX, components, excess, normalised, shown
 from ocifs.tar import Entry, EntryType
 from ocifs.tree import Extent, Kind, Node, Origin, Tree, Warned
 
@@ -195,6 +195,9 @@ class Upper:
             return None
         if not path:
             self._warn("T15", path, "an entry without a name is skipped")
+            return None
+        if len(path) > SPELT_MAX:
+            self._warn("L1", path[:PATH_MAX], f"a path of {len(path)} bytes is left out of the tree")
             return None
         names, clamped = normalised(path)
         if clamped:
@@ -458,6 +461,8 @@ class Upper:
             node = children_of(directory).get(name)
             if node is not None:
                 return _Found(node)
+        if len(target) > SPELT_MAX:
+            return _MISSING
         names, _ = normalised(target)
         if self._hidden:
             hidden = self._hidden.get(b"/".join(names))
