@@ -30,6 +30,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import pyfuse3
 
 from ocifs.devices import DeviceFile
+from ocifs.erofs.layout import NAME_MAX
 from ocifs.errors import OcifsError
 from ocifs.rootfs import RootFS
 from ocifs.tree import Kind
@@ -168,6 +169,8 @@ class Adapter(_ReadOnly):
         self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
         """LOOKUP."""
+        if len(name) > NAME_MAX:  # the kernel lets FUSE have longer ones
+            raise pyfuse3.FUSEError(errno.ENAMETOOLONG)
         view, nid, base = self._at(parent_inode)
         found = view.lookup(nid, name)
         return self._missing if found is None else self._attr(base | found)
@@ -223,7 +226,7 @@ class Adapter(_ReadOnly):
         answer.f_bfree = answer.f_bavail = 0
         answer.f_files = about.inode_count
         answer.f_ffree = answer.f_favail = 0
-        answer.f_namemax = 255
+        answer.f_namemax = NAME_MAX
         return answer
 
     @_answering
