@@ -7,7 +7,7 @@ row        rooms                                                 what it knows
 =========  ====================================================  ==================================================
 names      ``errors`` ``reference`` ``spec`` ``tree`` ``rules``  errors; ``oci:dir:tag``; documents; nodes; rules
 formats    ``tar`` ``compression`` ``erofs``                     header bytes, compressed streams, EROFS bytes; pure
-machine    ``forked``                                            work in a child process of its own
+machine    ``forked`` ``mountinfo``                              work in a child process of its own; what is mounted
 index      ``layer_index`` ``image_tree``                        the two files we keep: one a layer, one an image
 merge      ``overlay``                                           every whiteout rule, and nothing else
 bytes      ``sources`` ``store``                                 foreign blobs, read-only; our own cache

@@ -31,13 +31,14 @@ import os
 import select
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 import msgspec
 
 from ocifs.errors import BusyError, MachineError, NotFoundError, OcifsError, UsageError
+from ocifs.mountinfo import MountEntry, mounted_at, mounts
 
 _log = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ FS_TYPES = {"fuse": "fuse.ocifs", "erofs": "erofs"}
 """File system type in mountinfo by driver: FUSE with subtype ocifs, or the kernel's own."""
 
 GOODBYE = 30.0
-"""Seconds `unmount` waits for a daemon to be gone before it says what may hold it."""
+"""Seconds `unmount` waits by default for a daemon to be gone before it says what may hold it."""
 
 _MNT_DETACH = 2  # include/uapi/linux/mount.h / umount(2)
 
@@ -62,15 +63,8 @@ class Record(msgspec.Struct, frozen=True):
     manifest: str
     cache: str
     log: str
-
-
-class MountEntry(NamedTuple):
-    """A line of mountinfo (proc_pid_mountinfo(5)): what is mounted where."""
-
-    mountpoint: bytes
-    fs_type: str
-    source: bytes
-    major_minor: str
+    mounted: bool = False
+    """False until the mount answers."""
 
 
 # -- where things are ----------------------------------------------------------------------------------------------
@@ -98,32 +92,6 @@ def runtime_dir() -> Path:
     return path
 
 
-def _unescape(field: bytes) -> bytes:
-    """Undo mountinfo's octal escapes of space, tab, newline and backslash."""
-    out, rest = b"", field
-    while b"\\" in rest:
-        head, _, rest = rest.partition(b"\\")
-        out += head + bytes([int(rest[:3], 8)])
-        rest = rest[3:]
-    return out + rest
-
-
-def mounts() -> list[MountEntry]:
-    """Every mount this process sees, in mount order (a later one hides an earlier one at the same place)."""
-    found = []
-    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
-        left, _, right = line.partition(b" - ")
-        fields, tail = left.split(b" "), right.split(b" ")
-        found.append(MountEntry(_unescape(fields[4]), tail[0].decode(), _unescape(tail[1]), fields[2].decode()))
-    return found
-
-
-def mounted_at(path: Path) -> MountEntry | None:
-    """What is mounted exactly at ``path`` (the topmost), found without touching it: it may be dead."""
-    wanted = os.fsencode(path)
-    return next((entry for entry in reversed(mounts()) if entry.mountpoint == wanted), None)
-
-
 def _real(path: Path) -> Path:
     """The path as mountinfo has it; works on a dead mount point too, which lstat(2) refuses."""
     return Path(os.path.realpath(path))
@@ -142,34 +110,72 @@ class Claim:
     def __init__(self, mountpoint: Path) -> None:
         """Claim ``mountpoint``. Raises `BusyError` with the reference of whoever has it."""
         self.path = _record_path(mountpoint)
-        self.log = self.path.with_suffix(".log")
-        while True:
-            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-            try:
-                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                other = _read_record(self._fd)
-                os.close(self._fd)
-                what = f"{other.reference} (pid {other.pid})" if other else "another ocifs, which is just starting"
-                message = f"{mountpoint} is taken by {what}; unmount it first: ocifs umount {mountpoint}"
-                raise BusyError(message) from None
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(self._fd), os.stat(self.path)):
-                    return
-            os.close(self._fd)  # its last holder removed the name while we opened it
+        with _serialised():
+            while True:
+                self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+                try:
+                    fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    other = _read_record(self._fd)
+                    os.close(self._fd)
+                    if other is not None and other.mounted and not _is_ours(mounted_at(mountpoint), other):
+                        # It was unmounted lazily and serves who is still in, or its mount is in another namespace.
+                        _set_aside(self.path, other.pid)
+                        continue
+                    what = f"{other.reference} (pid {other.pid})" if other else "another ocifs, which is just starting"
+                    message = f"{mountpoint} is taken by {what}; unmount it first: ocifs umount {mountpoint}"
+                    raise BusyError(message) from None
+                with contextlib.suppress(FileNotFoundError):
+                    if os.path.samestat(os.fstat(self._fd), os.stat(self.path)):
+                        return
+                os.close(self._fd)  # its last holder removed the name while we opened it
+
+    @property
+    def log(self) -> Path:
+        """Where the daemon logs; beside the record."""
+        return self.path.with_suffix(".log")
 
     def write(self, record: Record) -> None:
         """Say what is mounted."""
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, msgspec.json.encode(record), 0)
+        encoded = msgspec.json.encode(record)
+        os.pwrite(self._fd, encoded, 0)
+        os.ftruncate(self._fd, len(encoded))
 
-    def release(self) -> None:
-        """Give the place up and remove the record."""
+    def release(self, *, keep_log: bool = False) -> None:
+        """Give the place up and remove the record, and the log unless it is to be kept."""
         with contextlib.suppress(OSError):
             self.path.with_suffix(".devices").rmdir()
-        with contextlib.suppress(FileNotFoundError):
-            self.path.unlink()
+        with _serialised():
+            for path in (self.path, _aside(self.path, os.getpid())):
+                with contextlib.suppress(FileNotFoundError):
+                    if os.path.samestat(os.fstat(self._fd), os.stat(path)):
+                        path.unlink()
+                        if not keep_log:
+                            path.with_suffix(".log").unlink(missing_ok=True)
         os.close(self._fd)
+
+
+@contextlib.contextmanager
+def _serialised() -> Iterator[None]:
+    """Let one process at a time decide whose a record is; held for moments only, and while nothing is waited for."""
+    fd = os.open(runtime_dir(), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _aside(path: Path, pid: int) -> Path:
+    """Where the record of a daemon goes that has lost its place but not its users."""
+    return path.with_name(f"{path.stem}-{pid}.aside")
+
+
+def _set_aside(path: Path, pid: int) -> None:
+    """Rename record and log: the place is free for another; the daemon finds them when it ends (`Claim.release`)."""
+    path.rename(_aside(path, pid))
+    with contextlib.suppress(FileNotFoundError):
+        path.with_suffix(".log").rename(_aside(path, pid).with_suffix(".log"))
 
 
 def _read_record(fd: int) -> Record | None:
@@ -182,13 +188,15 @@ def _read_record(fd: int) -> Record | None:
 def records() -> Iterator[Record]:
     """Every live mount of this user, oldest first. Records of dead daemons whose mount is gone are removed on the way."""
     found = []
-    for path in runtime_dir().glob("*.json"):
-        with _looked_at(path) as (record, alive):
-            if record is not None and alive:
-                found.append(record)
-            elif not alive and (record is None or not _is_ours(mounted_at(Path(record.mountpoint)), record)):
-                path.unlink(missing_ok=True)
-                path.with_suffix(".log").unlink(missing_ok=True)
+    with _serialised():
+        for path in (*runtime_dir().glob("*.json"), *runtime_dir().glob("*.aside")):
+            with _looked_at(path) as (record, alive):
+                if alive:
+                    if record is not None and record.mounted and path.suffix == ".json":
+                        found.append(record)
+                elif record is None or not _is_ours(mounted_at(record.mountpoint), record):
+                    path.unlink(missing_ok=True)
+                    path.with_suffix(".log").unlink(missing_ok=True)
     yield from sorted(found, key=lambda record: record.started_ns)
 
 
@@ -334,8 +342,14 @@ def private_place(claim: Claim) -> Path:
 def run_foreground(serve: Serve, record: Record, claim: Claim) -> None:
     """Serve in this process until the mount ends."""
     try:
-        claim.write(msgspec.structs.replace(record, pid=os.getpid()))
-        serve(lambda: _log.info("%s is mounted on %s", record.reference, record.mountpoint))
+        record = msgspec.structs.replace(record, pid=os.getpid())
+        claim.write(record)
+
+        def ready() -> None:
+            claim.write(msgspec.structs.replace(record, mounted=True))
+            _log.info("%s is mounted on %s", record.reference, record.mountpoint)
+
+        serve(ready)
     finally:
         claim.release()
 
@@ -365,16 +379,23 @@ def _daemon(serve: Serve, record: Record, claim: Claim, tell: int) -> NoReturn:
     try:
         os.setsid()
         os.chdir("/")
+        _close_inherited(keep=(tell,))
         log_to_background(claim.log)
         null = os.open(os.devnull, os.O_RDWR)
-        claim.write(msgspec.structs.replace(record, pid=os.getpid()))
+        record = msgspec.structs.replace(record, pid=os.getpid())
+        claim.write(record)
         # libfuse says on stderr why a mount failed; let it until that is decided.
         for stream in (0, 1):
             os.dup2(null, stream)
 
         def ready() -> None:
+            claim.write(msgspec.structs.replace(record, mounted=True))
             os.dup2(null, 2)
-            os.write(tell, b"ready\n")
+            try:
+                os.write(tell, b"ready\n")
+            except BrokenPipeError:
+                message = f"the command that was to mount {record.mountpoint} was ended before it did"
+                raise MachineError(message) from None
             os.close(tell)
 
         serve(ready)
@@ -387,12 +408,22 @@ def _daemon(serve: Serve, record: Record, claim: Claim, tell: int) -> NoReturn:
         status = 70  # EX_SOFTWARE in sysexits.h: a bug
         _log.exception("the daemon ended in a way that was not foreseen")
     finally:
-        claim.release()
-        if status == 0:
-            claim.log.unlink(missing_ok=True)
+        claim.release(keep_log=status != 0)
         logging.shutdown()
         # Not sys.exit: nothing of the parent's (its atexit functions, its buffers) may run in the child.
         os._exit(status)
+
+
+def _close_inherited(keep: Sequence[int]) -> None:
+    """Close what whoever ran us had open and left to us: a lock, a pipe that somebody reads to its end.
+
+    Python opens everything close-on-exec, so what is not is not ours.
+    """
+    for name in os.listdir("/proc/self/fd"):
+        fd = int(name)
+        with contextlib.suppress(OSError):
+            if fd > 2 and fd not in keep and os.get_inheritable(fd):  # noqa: PLR2004 (beyond the standard streams)
+                os.close(fd)
 
 
 def log_to_background(path: Path) -> None:
@@ -415,11 +446,11 @@ def log_to_background(path: Path) -> None:
 # -- ending --------------------------------------------------------------------------------------------------------
 
 
-def unmount(mountpoint: Path, *, lazy: bool = False) -> None:
+def unmount(mountpoint: Path, *, lazy: bool = False, patience: float = GOODBYE) -> None:
     """Unmount ``mountpoint`` and return when its daemon is gone. Cleans up after a daemon that was killed.
 
     Raises `NotFoundError` if nothing of ocifs is mounted there, `BusyError` (naming the processes) if it is in use or the
-    daemon does not end within `GOODBYE` seconds.
+    daemon does not end within ``patience`` seconds.
     """
     path = _real(mountpoint)
     with _looked_at(_record_path(path)) as (record, alive):
@@ -437,7 +468,7 @@ def unmount(mountpoint: Path, *, lazy: bool = False) -> None:
                 raise BusyError(message) from None
             message = f"cannot unmount {path}: {error.strerror}"
             raise MachineError(message) from error
-        if daemon is not None and not lazy and not select.select([daemon], [], [], GOODBYE)[0]:
+        if daemon is not None and not lazy and not select.select([daemon], [], [], patience)[0]:
             message = (
                 f"{path} is unmounted, but its daemon (pid {record.pid if record else 0}) still serves: another mount "
                 "namespace, such as a container's, holds a copy of the mount; it ends with that namespace"
@@ -456,23 +487,39 @@ def _pidfd(pid: int) -> int | None:
 
 
 def _users(path: Path) -> str:
-    """Name the processes that keep a mount busy, as far as this user may see: ``vim (pid 71), bash (pid 70)``."""
-    device = next((entry.major_minor for entry in reversed(mounts()) if entry.mountpoint == os.fsencode(path)), "")
-    found = []
+    """Name what keeps a mount busy, as far as this user may see: ``vim (pid 71), bash (pid 70)``. Touches nothing in it."""
+    there = mounted_at(path)
+    if there is None:
+        return "nobody any more"
+    found = [
+        f"another mount, on {os.fsdecode(entry.mountpoint)}"
+        for entry in mounts()
+        if entry.mountpoint.startswith(there.mountpoint.rstrip(b"/") + b"/")
+    ]
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            links = [process / "cwd", process / "root", process / "exe", *(process / "fd").iterdir()]
-            if any(_on_device(link, device) for link in links):
-                found.append(f"{(process / 'comm').read_text().strip()} (pid {process.name})")
+            if _is_user(process, there):
+                found.append(f"{(process / 'comm').read_text(errors='replace').strip()} (pid {process.name})")
     return ", ".join(found) or "a process that you may not see"
 
 
-def _on_device(link: Path, device: str) -> bool:
-    try:
-        number = os.stat(link).st_dev
-    except OSError:
-        return False
-    return f"{os.major(number)}:{os.minor(number)}" == device
+def _is_user(process: Path, there: MountEntry) -> bool:
+    """Whether a process has a file of a mount open or mapped, or works in it."""
+    number = b"mnt_id:\t%d\n" % there.number
+    with contextlib.suppress(OSError):
+        for fd in (process / "fdinfo").iterdir():
+            with contextlib.suppress(OSError):  # closed meanwhile
+                if number in fd.read_bytes():
+                    return True
+    device = b" %02x:%02x " % (os.major(there.device), os.minor(there.device))
+    with contextlib.suppress(OSError):
+        if device in (process / "maps").read_bytes():
+            return True
+    for link in ("cwd", "root"):
+        with contextlib.suppress(OSError):
+            if (os.fsencode(os.readlink(process / link)) + b"/").startswith(there.mountpoint.rstrip(b"/") + b"/"):
+                return True
+    return False
 
 
 def now_ns() -> int:

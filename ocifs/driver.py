@@ -42,6 +42,7 @@ import msgspec
 from ocifs import kernel
 from ocifs.devices import DeviceFile
 from ocifs.errors import MachineError, OcifsError, UsageError
+from ocifs.mountinfo import MountEntry, mounted_at
 from ocifs.rootfs import RootFS
 
 if TYPE_CHECKING:
@@ -84,8 +85,9 @@ def _libfuse_options(options: Sequence[str], reference: str) -> set[str]:
     shown = reference.encode(errors="surrogateescape").decode("ascii", errors="backslashreplace")
     shown = shown.replace("\\", "\\\\").replace(",", "\\,")
     ours = {"ro", "default_permissions", "subtype=ocifs", f"fsname={shown}"}
-    # What FUSE does unless told not to is no option of libfuse's; the place was checked for being empty already.
-    return ours | {option for option in options if option not in {*_OPPOSITES, "nonempty"}}
+    # libfuse mounts nosuid and nodev unless told otherwise (lib/mount.c) and does not know atime, which is the kernel's
+    # default; the place was checked for being empty already.
+    return ours | {option for option in options if option not in {"atime", "nonempty"}}
 
 
 # -- a session -----------------------------------------------------------------------------------------------------
@@ -183,8 +185,8 @@ def _run_session(
 ) -> None:
     """Mount ``adapter`` on ``place`` and serve it until the mount goes or a signal comes.
 
-    ``begin`` runs once requests are served; what it raises ends the session and is raised here. ``end`` runs when SIGTERM
-    or SIGINT asks us to go, before the session is closed.
+    ``begin`` runs once requests are served; what it raises ends the session and is raised here. ``end`` runs when a
+    signal asks us to go, before the session is closed.
     """
     import pyfuse3  # noqa: PLC0415 (only what mounts may need FUSE)
     import trio  # noqa: PLC0415
@@ -197,7 +199,8 @@ def _run_session(
     failed: list[OcifsError] = []
 
     async def obey(ready: trio.Event) -> None:
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as received:
+        with trio.open_signal_receiver(*_ending_signals()) as received:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _ending_signals())
             ready.set()
             async for number in received:
                 _log.info("ending on %s", signal.Signals(number).name)
@@ -224,19 +227,29 @@ def _run_session(
 
     signal.signal(signal.SIGALRM, lambda *_: None)
     _give_back_spans()
+    # A signal between mounting and listening would end us without unmounting: let it wait.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _ending_signals())
     try:
         pyfuse3.init(adapter, str(place), options)
     except RuntimeError as error:
         message = f"mounting on {place} failed ({error}); 'ocifs doctor' says what this machine lacks"
         raise MachineError(message) from error
+    ours = mounted_at(place)
     try:
         waiting.watch(_session_fd())
         trio.run(session, instruments=[waiting])
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        pyfuse3.close(unmount=True)
+        # After a lazy unmount something else may be mounted there by now, and libfuse unmounts by name.
+        pyfuse3.close(unmount=mounted_at(place) == ours)
     if failed:
         raise failed[0]
+
+
+def _ending_signals() -> set[signal.Signals]:
+    """What asks a mount to end; what whoever started us had ignored (as nohup(1) does) stays so."""
+    asking = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+    return {number for number in asking if signal.getsignal(number) is not signal.SIG_IGN}
 
 
 async def _in_thread(function: Callable[..., object], *arguments: object) -> None:
@@ -295,19 +308,19 @@ def serve_erofs(
     """
     from ocifs.fuse import DeviceAdapter  # noqa: PLC0415
 
-    mounted = False
+    ours: MountEntry | None = None
 
     def mount() -> None:
-        nonlocal mounted
+        nonlocal ours
         _raise_readahead(os.stat(private).st_dev)
         names = [os.fsencode(private / str(number)) for number in range(len(files))]
         kernel.mount_erofs(names[0], names[1:], os.fsencode(mountpoint), attributes=options)
-        mounted = True
+        ours = mounted_at(mountpoint)
         kernel.unmount(os.fsencode(private), flags=kernel.MNT_DETACH)
         _raise_readahead(os.stat(mountpoint).st_dev)
 
     def unmount() -> None:
-        if mounted:
+        if ours is not None and mounted_at(mountpoint) == ours:
             # Whoever still uses the mount keeps it, but loses us: what the kernel has not cached reads EIO from then on.
             with contextlib.suppress(OcifsError):
                 kernel.unmount(os.fsencode(mountpoint), flags=kernel.MNT_DETACH)

@@ -27,7 +27,7 @@ from ocifs.cli.options import Choice
 from ocifs.errors import MachineError, OcifsError
 
 if TYPE_CHECKING:
-    from ocifs.daemon import MountEntry
+    from ocifs.mountinfo import MountEntry
 
 _PYTHON: Final = (3, 11)
 _EROFS_LINUX: Final = (6, 12)
@@ -146,7 +146,7 @@ def _cache(choice: Choice) -> Finding:
 
 def _file_system(path: Path) -> str:
     """The type of the file system that a path is on: of the mount whose place is the longest start of it."""
-    from ocifs.daemon import mounts  # noqa: PLC0415
+    from ocifs.mountinfo import mounts  # noqa: PLC0415
 
     real = os.fsencode(os.path.realpath(path))
 
