@@ -23,8 +23,6 @@ import subprocess
 import sys
 from typing import Any
 
-# ruff: noqa: PTH  (system calls, by their names)
-
 KINDS = {
     stat.S_IFREG: "file",
     stat.S_IFDIR: "dir",
@@ -48,6 +46,16 @@ def _sha256(path: str) -> str:
     return digest.hexdigest()
 
 
+def _xattrs(path: str) -> dict[str, str]:
+    try:
+        names = os.listxattr(path, follow_symlinks=False)
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP:
+            raise
+        return {}  # no inode of the file system has any
+    return {name: os.getxattr(path, name, follow_symlinks=False).hex() for name in names}
+
+
 def _described(path: str, *, content: bool) -> dict[str, Any]:
     status = os.lstat(path)
     kind = KINDS[stat.S_IFMT(status.st_mode)]
@@ -62,7 +70,7 @@ def _described(path: str, *, content: bool) -> dict[str, Any]:
         "size": status.st_size,
         "blksize": status.st_blksize,
         "blocks": status.st_blocks,
-        "xattrs": {name: os.getxattr(path, name, follow_symlinks=False).hex() for name in os.listxattr(path, follow_symlinks=False)},
+        "xattrs": _xattrs(path),
     }
     if kind == "symlink":
         seen["target"] = os.readlink(path)
@@ -76,8 +84,9 @@ def _described(path: str, *, content: bool) -> dict[str, Any]:
     return seen
 
 
-def walk(root: str, content: bool = True) -> dict[str, Any]:
-    """Path (relative; the root is ``.``) → everything that stat, readlink, getxattr and reading say of it."""
+def walk(root: str, what: str = "content") -> dict[str, Any]:
+    """Path (relative; the root is ``.``) → everything that stat, readlink, getxattr say of it, and reading if asked."""
+    content = what == "content"
     seen = {".": _described(root, content=content)}
     stack = [""]
     while stack:
@@ -152,7 +161,7 @@ def access(path: str, mode: int) -> str:
     return "ok" if libc.access(os.fsencode(path), mode) == 0 else errno.errorcode[ctypes.get_errno()]
 
 
-def as_user(user: int, root: str, function: str, arguments: list[Any]) -> Any:  # noqa: ANN401  (whatever it answers)
+def as_user(user: int, root: str, function: str, arguments: list[Any]) -> Any:
     """Run another of these functions in the directory ``root`` as a user who may not do much; paths are relative."""
     os.chdir(root)  # while the way there is open to us
     os.setgroups([])
@@ -297,7 +306,7 @@ def seek_everywhere(path: str, every: int) -> dict[str, Any]:
         if entry is None:
             break
         names.append(entry[0])
-    random.Random(1).shuffle(positions)  # noqa: S311  (an order, not a secret)
+    random.Random(1).shuffle(positions)
     wrong = []
     for number, position in positions:
         stream.seek(position)
@@ -322,10 +331,10 @@ def seek_everywhere(path: str, every: int) -> dict[str, Any]:
 # -- reading in other ways -----------------------------------------------------------------------------------------
 
 
-def mapped(path: str, private: bool) -> str:  # noqa: FBT001  (JSON arguments have no names)
+def mapped(path: str, how: str) -> str:
     """Hash a file through a mapping: shared and read-only, or private, written to and read again."""
     with open(path, "rb") as file:
-        if private:
+        if how == "private":
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as view:
                 first = view[0]
                 view[0] = first ^ 0xFF
@@ -346,7 +355,8 @@ def reads_of_every_kind(path: str) -> dict[str, bool]:
     seen: dict[str, bool] = {}
     fd = os.open(path, os.O_RDONLY)
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    odd, at = [], 0
+    odd: list[bytes] = []
+    at = 0
     sizes = [1, 7, 511, 513, 4095, 4097, 131071, 131073, 1 << 20]
     while piece := os.pread(fd, sizes[len(odd) % len(sizes)], at):
         odd.append(piece)
@@ -371,8 +381,8 @@ def reads_of_every_kind(path: str) -> dict[str, bool]:
     os.close(fd)
     direct = os.open(path, os.O_RDONLY | os.O_DIRECT)
     buffer = mmap.mmap(-1, 1 << 20)
-    parts = []
-    while count := os.preadv(direct, [buffer], sum(map(len, parts))):
+    parts: list[bytes] = []
+    while count := os.preadv(direct, [buffer], sum(len(part) for part in parts)):
         parts.append(buffer[:count])
     seen["direct"] = b"".join(parts) == whole
     os.close(direct)
@@ -418,7 +428,7 @@ def _read_all(
 ) -> tuple[int, list[str]]:
     import time  # noqa: PLC0415  (only for a run that is asked to last)
 
-    order, wrong, done = random.Random(seed), [], 0  # noqa: S311
+    order, wrong, done = random.Random(seed), [], 0
     until = time.monotonic() + seconds
     while rounds > 0 or time.monotonic() < until:
         rounds -= 1
@@ -441,10 +451,15 @@ def _read_all(
 # -- for the life cycle --------------------------------------------------------------------------------------------
 
 
+def _tell(line: str) -> None:
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+
+
 def hold(path: str) -> str:
     """Say that ``path`` is open, and keep it so until standard input ends; then say what reading it gives."""
     fd = os.open(path, os.O_RDONLY)
-    print("holding", file=sys.stderr, flush=True)
+    _tell("holding")
     sys.stdin.read()
     try:
         return hashlib.sha256(os.pread(fd, 1 << 26, 0)).hexdigest()
@@ -455,7 +470,7 @@ def hold(path: str) -> str:
 def hold_directory(path: str) -> str:
     """Work in a directory until standard input ends."""
     os.chdir(path)
-    print("holding", file=sys.stderr, flush=True)
+    _tell("holding")
     sys.stdin.read()
     return "ok"
 
@@ -464,7 +479,7 @@ def hold_mapping(path: str) -> str:
     """Keep a file mapped, its descriptor closed, until standard input ends."""
     with open(path, "rb") as file:
         view = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
-    print("holding", file=sys.stderr, flush=True)
+    _tell("holding")
     sys.stdin.read()
     view.close()
     return "ok"
@@ -483,7 +498,7 @@ def keep_reading(path: str, size: int) -> int:
         os.preadv(fd, [buffer], at)
         at = (at + (2 << 20)) % (length - size) & ~4095
         count += 1
-        print(count, file=sys.stderr, flush=True)
+        _tell(str(count))
     return count
 
 
@@ -497,7 +512,7 @@ def many_asking(path: str, count: int) -> None:
         if _fork() == 0:
             break
     else:
-        print(os.getpid(), file=sys.stderr, flush=True)
+        _tell(str(os.getpid()))
     while True:
         try:
             os.getxattr(path, "user.nothing")
@@ -507,9 +522,9 @@ def many_asking(path: str, count: int) -> None:
 
 def run_there(root: str, words: list[str]) -> list[Any]:
     """Run a program in a root directory of its own: [status, output, what it complained about]."""
-    done = subprocess.run(  # noqa: PLW1509  (one thread)
-        words, preexec_fn=lambda: (os.chroot(root), os.chdir("/")), capture_output=True, check=False, text=True
-    )
+    os.chroot(root)
+    os.chdir("/")
+    done = subprocess.run(words, capture_output=True, check=False, text=True)
     return [done.returncode, done.stdout, done.stderr]
 
 

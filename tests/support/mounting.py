@@ -1,8 +1,8 @@
 """Mounts images for tests, and looks at what is mounted, always from other processes.
 
 The process that runs the tests must never touch a mount: were the daemon to hang, the test would hang in the kernel where
-no time limit reaches it. So everything here starts a process with a time limit: `ocifs` (the command), `agent` (a function of
-`tests.support.agent`), `umount`. And whatever happens to the test, a time limit or Ctrl-C included, `mounted` ends the
+no time limit reaches it. So everything here starts a process with a time limit: `ocifs` (the command), `agent` (a
+function of `tests.support.agent`), `umount`. And whatever happens to the test, a time limit or Ctrl-C included, `mounted` ends the
 mount: politely, then by force.
 
 Not here: what a mount should look like.
@@ -93,7 +93,10 @@ def start(function: str, *arguments: Any, limit: float = LIMIT) -> subprocess.Po
         stderr=subprocess.PIPE,
         encoding="utf-8",
         env=environment(
-            {"OCIFS_AGENT_ARGUMENTS": json.dumps([_plain(one) for one in arguments]), "OCIFS_AGENT_LIMIT": str(int(limit) + 5)}
+            {
+                "OCIFS_AGENT_ARGUMENTS": json.dumps([_plain(one) for one in arguments]),
+                "OCIFS_AGENT_LIMIT": str(int(limit) + 5),
+            }
         ),
         cwd=ROOT,
     )
@@ -218,7 +221,15 @@ def mounted(
     A mount that does not come about, or does not end when it should, fails the test; with ``ended`` the test ends it.
     """
     path.mkdir(parents=True, exist_ok=True)
-    words = ["mount", "--driver", driver, *options, *(["--cache-dir", str(cache)] if cache else []), reference, str(path)]
+    words = [
+        "mount",
+        "--driver",
+        driver,
+        *options,
+        *(["--cache-dir", str(cache)] if cache else []),
+        reference,
+        str(path),
+    ]
     daemon: Process | None = None
     try:
         done = ocifs(*words, limit=limit, env=env)

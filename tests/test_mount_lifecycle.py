@@ -1,0 +1,595 @@
+"""How a mount comes and goes: when a command returns, and that nothing is left, however it ends.
+
+Nothing left means: no mount, no process, no record. Not here: what is inside a mount, what happens when data is damaged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from ocifs import daemon
+from tests.support import layout
+from tests.support.mounting import (
+    LIMIT,
+    HangError,
+    Mount,
+    Process,
+    agent,
+    answer,
+    command,
+    environment,
+    force_away,
+    in_mountinfo,
+    mounted,
+    ocifs,
+    record_of,
+    records,
+    run,
+    start,
+)
+from tests.support.tarball import entry, tarball
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+CONTENT = b"content of the file\n"
+LARGE = os.urandom(1 << 20) * 24  # 24 MiB: a dozen spans, and more than the daemon is given memory for
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Give a reference to an image with a file, a directory and something large."""
+    path = tmp_path_factory.mktemp("images") / "image"
+    tar = tarball(entry("file", CONTENT), entry("dir/"), entry("dir/other", b"x"), entry("large", LARGE))
+    layout.write_layout(path, [tar], compression="plain", tag="it")
+    return f"oci:{path}:it"
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache") / "cache"
+
+
+def nothing_left(path: Path, pid: int | None = None) -> bool:
+    """Say whether neither mount nor process nor record is left."""
+    return not in_mountinfo(path) and record_of(path) is None and (pid is None or not _alive(pid))
+
+
+def _alive(pid: int) -> bool:
+    """Say whether a process is one still: what a container's process 1 has not waited for is listed but dead."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text("utf-8")
+    except FileNotFoundError:
+        return False
+    return status.rpartition(")")[2].split()[0] not in "ZX"
+
+
+@contextlib.contextmanager
+def foreground(image: str, path: Path, cache: Path, *wrapper: str, **popen: object) -> Iterator[subprocess.Popen[str]]:
+    """Run a mount in the foreground until it says that it is there; gone for certain at the end of the block."""
+    path.mkdir(exist_ok=True)
+    words = [*wrapper, *command("mount", "--foreground", "-v", "--cache-dir", cache, image, path)]
+    process = subprocess.Popen(  # type: ignore[call-overload]
+        words, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, env=environment(), **popen
+    )
+    try:
+        said = ""
+        while "is mounted on" not in said:
+            assert select.select([process.stderr], [], [], LIMIT)[0], f"not mounted in time; {said!r}"
+            line = process.stderr.readline()
+            assert line, f"it ended: {said}"
+            said += line
+        yield process
+    finally:
+        force_away(path)
+        process.kill()
+        process.communicate()
+
+
+# -- beginning -----------------------------------------------------------------------------------------------------
+
+
+def test_mount_returns_when_the_mount_answers(image: str, cache: Path, tmp_path: Path) -> None:
+    with mounted(image, tmp_path / "mnt", cache=cache) as mount:
+        assert in_mountinfo(mount.path)
+        assert agent("read", mount.at("file"), 0, 100) == CONTENT.hex()
+        assert mount.record["reference"] == image
+        assert mount.record["driver"] == "fuse"
+        assert mount.record["layers"] == 1
+
+
+def test_the_daemon_keeps_nothing_of_its_starters(image: str, cache: Path, tmp_path: Path) -> None:
+    """Not its directory, its standard streams, its session, nor other files it had open: a lock among them may wait."""
+    lock = os.open(tmp_path / "lock", os.O_RDWR | os.O_CREAT)
+    os.set_inheritable(lock, True)  # noqa: FBT003  (its only signature)
+    path = tmp_path / "mnt"
+    path.mkdir()
+    try:
+        done = run(command("mount", "--cache-dir", cache, image, path), close_fds=False, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        record = record_of(path)
+        assert record is not None
+        process = Process(record["pid"])
+        held = process.descriptors()
+        assert str(tmp_path / "lock") not in held
+        assert [name for name in held if name.startswith(("/dev/pts", "/dev/tty"))] == []
+        assert os.readlink(f"/proc/{process.pid}/cwd") == "/"
+        assert os.getsid(process.pid) == process.pid
+        done = ocifs("umount", path)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert process.gone()
+        assert nothing_left(path, process.pid)
+    finally:
+        os.close(lock)
+        force_away(path)
+
+
+def test_whoever_reads_the_output_of_mount_is_not_kept_waiting(image: str, cache: Path, tmp_path: Path) -> None:
+    """A daemon that kept standard error open would make ``x=$(ocifs mount … 2>&1)`` wait for ever."""
+    with mounted(image, tmp_path / "mnt", cache=cache):
+        pass  # `mounted` reads both streams to their ends
+
+
+def test_ps_lists_mounts_oldest_first_and_says_what_they_are(image: str, cache: Path, tmp_path: Path) -> None:
+    with mounted(image, tmp_path / "a", cache=cache) as a, mounted(image, tmp_path / "b", cache=cache) as b:
+        paths = [one["mountpoint"] for one in records() if one["mountpoint"].startswith(str(tmp_path))]
+        assert paths == [str(a.path), str(b.path)]
+        shown = ocifs("ps").stdout
+        assert str(a.pid) in shown
+        assert image in shown
+    assert [one for one in records() if one["mountpoint"].startswith(str(tmp_path))] == []
+
+
+@pytest.mark.parametrize("name", ["with space", "new\nline", "tab\t\\back", "ümläut", "co,mma", "x" * 200])
+def test_mount_points_of_any_name(image: str, cache: Path, tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.mkdir()
+    try:
+        done = ocifs("mount", "--cache-dir", cache, image, path)
+        assert done.returncode == 0, done.stderr
+        assert record_of(path) is not None
+        assert agent("read", f"{path}/file", 0, 100) == CONTENT.hex()
+        assert ocifs("umount", path).returncode == 0
+        assert record_of(path) is None
+    finally:
+        run(["umount", "--lazy", str(path)])
+
+
+def test_references_of_any_characters_can_be_mounted(tmp_path: Path, cache: Path) -> None:
+    place = tmp_path / "a, b\\c ä\n"
+    layout.write_layout(place, [tarball(entry("file", CONTENT))], tag="it")
+    with mounted(f"oci:{place}:it", tmp_path / "mnt", cache=cache) as mount:
+        assert mount.record["reference"] == f"oci:{place}:it"
+        assert agent("read", mount.at("file"), 0, 100) == CONTENT.hex()
+
+
+def test_a_mount_point_reached_through_a_symlink_is_found_again(image: str, cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    assert ocifs("mount", "--cache-dir", cache, image, tmp_path / "link").returncode == 0
+    try:
+        assert record_of(tmp_path / "real") is not None
+        assert ocifs("umount", tmp_path / "link").returncode == 0
+        assert nothing_left(tmp_path / "real")
+    finally:
+        force_away(tmp_path / "real")
+
+
+# -- refusing ------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_mount_at_one_place_is_refused_naming_the_first(image: str, cache: Path, tmp_path: Path) -> None:
+    with mounted(image, tmp_path / "mnt", cache=cache) as mount:
+        done = ocifs("mount", "--cache-dir", cache, image, mount.path)
+        assert done.returncode == 7
+        assert image in done.stderr
+        assert f"ocifs umount {mount.path}" in done.stderr
+        assert agent("read", mount.at("file"), 0, 100) == CONTENT.hex()
+
+
+@pytest.mark.parametrize(
+    ("make", "status", "says"),
+    [
+        (lambda _: None, 3, "mkdir -p"),
+        (lambda path: path.write_text(""), 2, "is a file"),
+        (lambda path: (path.mkdir(), (path / "x").write_text("")), 7, "not empty"),
+    ],
+    ids=["missing", "file", "not-empty"],
+)
+def test_places_that_cannot_be_mounted_on(
+    image: str, cache: Path, tmp_path: Path, make, status: int, says: str
+) -> None:  # type: ignore[no-untyped-def] # noqa: ANN001
+    path = tmp_path / "mnt"
+    make(path)
+    done = ocifs("mount", "--cache-dir", cache, image, path)
+    assert (done.returncode, done.stdout) == (status, "")
+    assert says in done.stderr
+    assert str(path) in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert nothing_left(path)
+
+
+def test_a_directory_that_is_not_empty_can_be_mounted_on_if_asked(image: str, cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "mnt").mkdir()
+    (tmp_path / "mnt" / "mine").write_text("still here")
+    with mounted(image, tmp_path / "mnt", "-o", "nonempty", cache=cache) as mount:
+        assert "mine" not in agent("walk", mount.path)
+    assert (tmp_path / "mnt" / "mine").read_text() == "still here"
+
+
+def test_a_mount_that_fails_leaves_nothing(cache: Path, tmp_path: Path) -> None:
+    path = tmp_path / "mnt"
+    path.mkdir()
+    done = ocifs("mount", "--cache-dir", cache, f"oci:{tmp_path}/nothing:here", path)
+    assert done.returncode == 3
+    assert nothing_left(path)
+
+
+# -- ending --------------------------------------------------------------------------------------------------------
+
+
+def test_umount_by_anyone_ends_the_daemon(image: str, cache: Path, tmp_path: Path) -> None:
+    with mounted(image, tmp_path / "mnt", cache=cache, ended=True) as mount:
+        assert run(["umount", str(mount.path)]).returncode == 0
+        assert mount.process.gone()
+        assert nothing_left(mount.path, mount.pid)
+        assert not mount.log.exists()
+
+
+def test_ocifs_umount_returns_when_the_daemon_is_gone(image: str, cache: Path, tmp_path: Path) -> None:
+    with mounted(image, tmp_path / "mnt", cache=cache, ended=True) as mount:
+        done = ocifs("umount", mount.path)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+        assert mount.process.gone(within=0)
+        assert nothing_left(mount.path, mount.pid)
+
+
+def test_umount_where_nothing_is_mounted_says_so(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "missing", Path("/proc")):
+        done = ocifs("umount", path)
+        assert done.returncode == 3
+        assert "nothing of ocifs is mounted" in done.stderr
+    assert in_mountinfo(Path("/proc"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_ends_the_daemon_and_its_mount(image: str, cache: Path, tmp_path: Path, number: int) -> None:
+    with mounted(image, tmp_path / "mnt", cache=cache, ended=True) as mount:
+        mount.process.signal(number)
+        assert mount.process.gone()
+        assert nothing_left(mount.path, mount.pid)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_ends_a_mount_in_the_foreground(image: str, cache: Path, tmp_path: Path, number: int) -> None:
+    with foreground(image, tmp_path / "mnt", cache) as process:
+        assert agent("read", f"{tmp_path}/mnt/file", 0, 100) == CONTENT.hex()
+        process.send_signal(number)
+        assert process.wait(LIMIT) == 0
+        assert nothing_left(tmp_path / "mnt", process.pid)
+
+
+def test_a_mount_in_the_foreground_ends_with_its_mount(image: str, cache: Path, tmp_path: Path) -> None:
+    with foreground(image, tmp_path / "mnt", cache) as process:
+        assert ocifs("umount", tmp_path / "mnt").returncode == 0
+        assert process.wait(LIMIT) == 0
+        assert nothing_left(tmp_path / "mnt", process.pid)
+
+
+def test_closing_the_terminal_ends_a_mount_in_the_foreground(image: str, cache: Path, tmp_path: Path) -> None:
+    """`script` gives its command a terminal; when it dies the kernel hangs the session up."""
+    path = tmp_path / "mnt"
+    path.mkdir()
+    words = " ".join(command("mount", "--foreground", "--cache-dir", cache, image, path))
+    terminal = subprocess.Popen(
+        ["script", "--quiet", "--flush", "--command", words, "/dev/null"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=environment(),
+        start_new_session=True,
+    )
+    try:
+        record = _wait_for_record(path)
+        process = Process(record["pid"])
+        assert agent("read", f"{path}/file", 0, 100) == CONTENT.hex()
+        terminal.kill()
+        terminal.wait()
+        assert process.gone()
+        assert nothing_left(path, process.pid)
+    finally:
+        terminal.kill()
+        terminal.communicate()
+        force_away(path)
+
+
+def test_a_daemon_in_the_background_outlives_the_terminal_it_was_started_from(
+    image: str, cache: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "mnt"
+    path.mkdir()
+    words = " ".join(command("mount", "--cache-dir", cache, image, path))
+    done = run(["script", "--quiet", "--return", "--command", words, "/dev/null"], start_new_session=True)
+    try:
+        assert done.returncode == 0, done.stdout
+        assert agent("read", f"{path}/file", 0, 100) == CONTENT.hex()
+        assert ocifs("umount", path).returncode == 0
+    finally:
+        force_away(path)
+
+
+def _wait_for_record(path: Path) -> dict[str, Any]:
+    """Ask until a mount is listed; each question takes as long as starting ocifs, so this does not spin."""
+    for _ in range(200):
+        found = record_of(path)
+        if found is not None and in_mountinfo(path):
+            return found
+    raise AssertionError(f"nothing was mounted on {path}")
+
+
+def test_a_daemon_whose_starter_died_before_it_was_ready_ends(image: str, cache: Path, tmp_path: Path) -> None:
+    """The starter is killed while the daemon is kept from becoming ready: its stat(2) of the mount is never answered."""
+    path = tmp_path / "mnt"
+    path.mkdir()
+    script = (
+        "import os, signal, sys\n"
+        "from ocifs import cli, daemon\n"
+        "write = os.write\n"
+        "def killing(fd, data):\n"
+        "    if data == b'ready\\n':\n"
+        "        os.kill(int(os.environ['STARTER']), signal.SIGKILL)\n"
+        "        while os.getppid() == int(os.environ['STARTER']): pass\n"
+        "    return write(fd, data)\n"
+        "os.write = killing\n"
+        "os.environ['STARTER'] = str(os.getpid())\n"
+        "sys.exit(cli.main(sys.argv[1:]))\n"
+    )
+    words = command("mount", "--cache-dir", cache, image, path)
+    words[words.index("-m") : words.index("-m") + 2] = ["-c", script]
+    try:
+        done = run(words)
+        assert done.returncode == -signal.SIGKILL
+        for _ in range(200):
+            if nothing_left(path):
+                break
+        assert nothing_left(path)
+    finally:
+        force_away(path)
+
+
+# -- killed --------------------------------------------------------------------------------------------------------
+
+
+def _kill(mount: Mount) -> None:
+    mount.process.signal(signal.SIGKILL)
+    assert mount.process.gone()
+
+
+def test_readers_of_a_killed_daemon_get_an_error_at_once(image: str, cache: Path, tmp_path: Path) -> None:
+    with mounted(image, tmp_path / "mnt", cache=cache, ended=True) as mount:
+        holder = start("hold", mount.at("large"))
+        _wait_for_line(holder)
+        _kill(mount)
+        assert agent("errors", [["open", mount.at("file"), os.O_RDONLY]]) == ["ENOTCONN"]
+        assert answer(holder) in ("ENOTCONN", "ECONNABORTED", "EIO")
+
+
+def test_the_next_mount_removes_a_dead_one(image: str, cache: Path, tmp_path: Path) -> None:
+    with mounted(image, tmp_path / "mnt", cache=cache, ended=True) as mount:
+        _kill(mount)
+        assert in_mountinfo(mount.path)
+        with mounted(image, mount.path, cache=cache) as again:
+            assert agent("read", again.at("file"), 0, 100) == CONTENT.hex()
+        assert nothing_left(mount.path)
+
+
+def test_the_next_umount_removes_a_dead_mount(image: str, cache: Path, tmp_path: Path) -> None:
+    with mounted(image, tmp_path / "mnt", cache=cache, ended=True) as mount:
+        _kill(mount)
+        done = ocifs("umount", mount.path)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert nothing_left(mount.path)
+
+
+def test_ps_does_not_list_a_killed_daemon(image: str, cache: Path, tmp_path: Path) -> None:
+    with mounted(image, tmp_path / "mnt", cache=cache, ended=True) as mount:
+        _kill(mount)
+        assert record_of(mount.path) is None
+        done = ocifs("umount", mount.path)  # found without its record too
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_dead_mount_in_use_is_removed_all_the_same(image: str, cache: Path, tmp_path: Path) -> None:
+    with mounted(image, tmp_path / "mnt", cache=cache, ended=True) as mount:
+        holder = start("hold", mount.at("file"))
+        _wait_for_line(holder)
+        _kill(mount)
+        assert ocifs("umount", mount.path).returncode == 0
+        assert nothing_left(mount.path)
+        answer(holder)
+
+
+# -- in use --------------------------------------------------------------------------------------------------------
+
+
+def _wait_for_line(process: subprocess.Popen[str], limit: float = LIMIT) -> str:
+    line = b""
+    while not line.endswith(b"\n"):  # byte by byte: what is buffered here, select would not see
+        assert process.stderr is not None
+        if not select.select([process.stderr], [], [], limit)[0]:
+            raise HangError(f"it said nothing within {limit} seconds")
+        byte = os.read(process.stderr.fileno(), 1)
+        assert byte, f"it ended: {process.communicate()}"
+        line += byte
+    return line.decode()
+
+
+@pytest.mark.parametrize(
+    ("how", "name"),
+    [("hold", "file"), ("hold_directory", "dir"), ("hold_mapping", "large")],
+    ids=["open", "cwd", "mapped"],
+)
+def test_a_busy_mount_is_not_unmounted_and_its_users_are_named(
+    image: str, cache: Path, tmp_path: Path, how: str, name: str
+) -> None:
+    with mounted(image, tmp_path / "mnt", cache=cache) as mount:
+        holder = start(how, mount.at(name))
+        _wait_for_line(holder)
+        done = ocifs("umount", mount.path)
+        assert done.returncode == 7
+        assert f"(pid {holder.pid})" in done.stderr
+        assert "--lazy" in done.stderr
+        assert agent("read", mount.at("file"), 0, 100) == CONTENT.hex()
+        answer(holder)
+
+
+def test_a_lazy_umount_serves_who_is_in_and_frees_the_place_at_once(image: str, cache: Path, tmp_path: Path) -> None:
+    with mounted(image, tmp_path / "mnt", cache=cache, ended=True) as mount:
+        holder = start("hold", mount.at("file"))
+        _wait_for_line(holder)
+        done = ocifs("umount", "--lazy", mount.path)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert not in_mountinfo(mount.path)
+        with mounted(image, mount.path, cache=cache) as again:
+            assert again.pid != mount.pid
+            assert agent("read", again.at("file"), 0, 100) == CONTENT.hex()
+            assert answer(holder) == _sha256(CONTENT)
+            assert mount.process.gone()
+            # The one that left late takes nothing of the new one's with it.
+            assert in_mountinfo(again.path)
+            assert record_of(again.path) is not None
+        assert nothing_left(mount.path)
+
+
+def _sha256(data: bytes) -> str:
+    return layout.sha256(data).removeprefix("sha256:")
+
+
+def test_a_late_daemon_does_not_unmount_what_came_after_it(image: str, cache: Path, tmp_path: Path) -> None:
+    with mounted(image, tmp_path / "mnt", cache=cache, ended=True) as mount:
+        holder = start("hold", mount.at("file"))
+        _wait_for_line(holder)
+        assert ocifs("umount", "--lazy", mount.path).returncode == 0
+        with mounted(image, mount.path, cache=cache) as again:
+            mount.process.signal(signal.SIGTERM)
+            assert mount.process.gone()
+            assert in_mountinfo(again.path)
+            assert agent("read", again.at("file"), 0, 100) == CONTENT.hex()
+        answer(holder)
+
+
+def test_umount_says_so_when_another_mount_namespace_keeps_the_mount(image: str, cache: Path, tmp_path: Path) -> None:
+    with mounted(image, tmp_path / "mnt", cache=cache, ended=True) as mount:
+        # A namespace of private mounts: what is unmounted here stays there.
+        keeper = subprocess.Popen(
+            ["unshare", "--mount", "--propagation", "private", "sh", "-c", "echo there; read line"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            assert keeper.stdout is not None
+            assert keeper.stdout.readline() == "there\n"
+            script = (
+                "import sys; from pathlib import Path; from ocifs import daemon, errors\n"
+                "try: daemon.unmount(Path(sys.argv[1]), patience=0.2)\n"
+                "except errors.BusyError as error: print(error)\n"
+            )
+            words = command(mount.path)
+            words[words.index("-m") : words.index("-m") + 2] = ["-c", script]
+            done = run(words)
+            assert done.returncode == 0, done.stderr
+            assert "mount namespace" in done.stdout
+            assert f"(pid {mount.pid})" in done.stdout
+            assert not in_mountinfo(mount.path)
+            assert not mount.process.gone(within=0)
+        finally:
+            keeper.communicate("\n", timeout=LIMIT)
+        assert mount.process.gone(), "with the namespace the last copy of the mount is gone"
+        assert nothing_left(mount.path, mount.pid)
+
+
+# -- again and again -----------------------------------------------------------------------------------------------
+
+
+def test_twenty_mounts_in_a_row_leave_nothing_behind(image: str, cache: Path, tmp_path: Path) -> None:
+    path = tmp_path / "mnt"
+
+    def files() -> list[str]:
+        return sorted(name for name in os.listdir(daemon.runtime_dir()) if name.startswith(_record_name(path)))
+
+    def tidy() -> list[str]:
+        return sorted(os.listdir(cache / "locks")) + sorted(os.listdir(cache / "tmp"))
+
+    held = []
+    for _ in range(20):
+        with mounted(image, path, cache=cache) as mount:
+            agent("read", mount.at("file"), 0, 10)
+            held.append(mount.process.descriptors())
+        assert nothing_left(path, mount.pid)
+        assert files() == []
+    assert len({len(one) for one in held}) == 1
+    assert tidy() == []
+
+
+def _record_name(path: Path) -> str:
+    return daemon._record_path(path).stem
+
+
+def test_a_mount_does_not_gather_descriptors_or_threads(image: str, cache: Path, tmp_path: Path) -> None:
+    with mounted(image, tmp_path / "mnt", "--cache-memory", "4M", cache=cache) as mount:
+        agent("walk", mount.path)
+        before = mount.process.descriptors()
+        for _ in range(5):
+            assert agent("readers", [mount.at("large")], {mount.at("large"): _sha256(LARGE)}, 8, 1)["wrong"] == []
+        assert mount.process.descriptors() == before
+        assert len(list(Path(f"/proc/{mount.pid}/task").iterdir())) <= 16
+        assert mount.process.memory() < 200 << 20
+
+
+# -- readers that die ----------------------------------------------------------------------------------------------
+
+
+def test_readers_killed_at_any_moment_do_not_stall_the_daemon(image: str, cache: Path, tmp_path: Path) -> None:
+    """The trap of pyfuse3's blocking read (`ocifs.driver`): a request that vanishes between wake-up and read.
+
+    One process reads, each piece from a span that must be decoded anew, and reports each piece. Meanwhile forty others
+    ask without end, and are all killed at once, so that many requests vanish from the queue at the same moment. Only when
+    the reader has reported its next piece do the next forty start: if the daemon stood still, nothing would wake it.
+    """
+    with mounted(image, tmp_path / "mnt", "--cache-memory", "1", cache=cache) as mount:
+        reader = start("keep_reading", mount.at("large"), 256 << 10, limit=240)
+        assert reader.stdin is not None
+        for _ in range(25):
+            crowd = start("many_asking", mount.at("file"), 40)
+            group = int(_wait_for_line(crowd))
+            for _ in range(2):
+                reader.stdin.write("\n")
+                reader.stdin.flush()
+            _wait_for_line(reader)  # the daemon is amidst decoding the second piece
+            os.killpg(group, signal.SIGKILL)
+            crowd.communicate(timeout=LIMIT)
+            _wait_for_line(reader, limit=20)  # nothing else wakes the daemon
+        assert answer(reader) == 50
+
+
+def test_a_reader_killed_while_it_waits_for_data_harms_nobody(image: str, cache: Path, tmp_path: Path) -> None:
+    with mounted(image, tmp_path / "mnt", "--cache-memory", "1", cache=cache) as mount:
+        for _ in range(10):
+            readers = [start("pieces", mount.at("large"), [at], 1 << 20) for at in range(0, 8 << 20, 1 << 20)]
+            for reader in readers[::2]:
+                reader.kill()
+            for reader in readers[1::2]:
+                assert len(answer(reader)) == 1
+            for reader in readers[::2]:
+                reader.communicate(timeout=LIMIT)
+        assert agent("sha256", mount.at("large")) == _sha256(LARGE)
+        assert mount.logged() == ""
