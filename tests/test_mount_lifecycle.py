@@ -38,7 +38,7 @@ from tests.support.mounting import (
 from tests.support.tarball import entry, tarball
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 CONTENT = b"content of the file\n"
 LARGE = os.urandom(1 << 20) * 24  # 24 MiB: a dozen spans, and more than the daemon is given memory for
@@ -205,8 +205,8 @@ def test_a_second_mount_at_one_place_is_refused_naming_the_first(image: str, cac
     ids=["missing", "file", "not-empty"],
 )
 def test_places_that_cannot_be_mounted_on(
-    image: str, cache: Path, tmp_path: Path, make, status: int, says: str
-) -> None:  # type: ignore[no-untyped-def] # noqa: ANN001
+    image: str, cache: Path, tmp_path: Path, make: Callable[[Path], object], status: int, says: str
+) -> None:
     path = tmp_path / "mnt"
     make(path)
     done = ocifs("mount", "--cache-dir", cache, image, path)

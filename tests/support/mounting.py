@@ -1,9 +1,9 @@
 """Mounts images for tests, and looks at what is mounted, always from other processes.
 
-The process that runs the tests must never touch a mount: were the daemon to hang, the test would hang in the kernel where
-no time limit reaches it. So everything here starts a process with a time limit: `ocifs` (the command), `agent` (a
-function of `tests.support.agent`), `umount`. And whatever happens to the test, a time limit or Ctrl-C included, `mounted` ends the
-mount: politely, then by force.
+The process that runs the tests must never touch a mount: were the daemon to hang, the test would hang in the kernel
+where no time limit reaches it. So everything here starts a process with a time limit: `ocifs` (the command), `agent` (a
+function of `tests.support.agent`), `umount`. And whatever happens to the test, a time limit or Ctrl-C included, `mounted`
+ends the mount: politely, then by force.
 
 Not here: what a mount should look like.
 """
