@@ -9,7 +9,8 @@ Warnings and refusals name their row, and every row has a test of its name: `tes
 checks that). "Refused" means that the image or layer cannot be mounted; under examination (``--examine``, and when a layer
 is shown alone) it becomes a warning.
 
-W: whiteouts. T: types, parents, paths. H: hard links. D: tar dialects. C: compression, documents, sources.
+W: whiteouts. T: types, parents, paths. H: hard links. D: tar dialects. C: compression, documents, sources. L: limits that
+a hostile image meets first.
 
 Not here: the rules' code. W, T and H live in `ocifs.overlay`, D in `ocifs.tar`, C in `ocifs.layer_index`, `ocifs.spec` and
 `ocifs.sources`.
@@ -32,7 +33,7 @@ RULES: Final[Mapping[str, str]] = MappingProxyType(
         "W7": ".wh.DIR, then DIR/new without an entry for DIR: the same, DIR being implied",
         "W8": ".wh.DIR together with DIR/.wh.old: nothing is left",
         "W9": "a whiteout of a name that no lower layer has is ignored",
-        "W10": "a whiteout in a directory that nothing else names makes that directory, implied",
+        "W10": "a whiteout in a directory that nothing else names makes that directory, implied (≠ umoci)",
         "W11": ".wh..wh..opq, wherever it stands in the stream, hides all lower children and none of this layer's",
         "W12": "the opaque marker after children whose parents were implied: the children stay",
         "W13": "an opaque marker in the root hides everything lower (≠ overlay)",
@@ -47,7 +48,7 @@ RULES: Final[Mapping[str, str]] = MappingProxyType(
         "T1": "a directory over a directory: the children merge, all attributes and xattrs are the upper one's",
         "T2": "anything else over a name: what was there is gone with all below it",
         "T3": "a file, then something below it in the same layer: the last one wins, with a warning",
-        "T4": "something below a lower file: an implied directory takes the file's place",
+        "T4": "something below a lower file: an implied directory takes the file's place (≠ umoci)",
         "T5": "a path twice in one layer: the last one wins (directories merge), with a warning",
         "T6": "a parent that no layer names: 0755, owned by 0:0, time 0",
         "T7": "a parent that only lower layers name keeps the lower attributes, its time too",
@@ -68,7 +69,7 @@ RULES: Final[Mapping[str, str]] = MappingProxyType(
         "H4": "a link made before its target is replaced in the same layer keeps the earlier one",
         "H5": "a target that comes later in the layer is found at its end, with a warning",
         "H6": "a target that does not exist or is a directory: refused; under examination an entry that cannot be read",
-        "H7": "mode, owner, time and xattrs of a link's header apply to the shared inode, the last one wins",
+        "H7": "mode, owner, time and xattrs of a link's header apply to the shared inode, the last one wins (≠ umoci)",
         "H8": "a size in a link's header is ignored: no data follows",
         "H9": "when one of two names goes, the other stays, and links are counted anew",
         "D1": "v7, ustar, star, GNU and PAX headers are read alike, their checksums signed or not",
@@ -97,6 +98,11 @@ RULES: Final[Mapping[str, str]] = MappingProxyType(
         "C10": "what is no root file system (charts, attestations, encrypted layers) is listed and not mounted",
         "C11": "docker-archives of all writers: linked layers, keys in any case, compressed, hybrids, several images",
         "C12": "no name given: the only image there is, else an error that lists the names",
+        "L1": "a path of more than 4095 bytes (65536 as spelt) is left out, with a warning",
+        "L2": "a symlink target that is empty or longer than 4095 bytes: refused; examined, a file that cannot be read",
+        "L3": "more than 255 symlinks on one path, or too much following in one layer: refused; examined, left out",
+        "L4": "xattrs beyond what the kernel or EROFS can hold: refused; examined, left out",
+        "L5": "more than 2**20 implied directories in one layer: refused, always",
     }
 )
 """Row → what it says, one clause each."""

@@ -231,6 +231,6 @@ def test_every_rule_that_the_code_names_is_listed() -> None:
     named = {
         rule
         for path in MODULES
-        for rule in re.findall(r"\b(?:rule |\"|\()([WTHDC][0-9]{1,2})\b", path.read_text(encoding="utf-8"))
+        for rule in re.findall(r"\b(?:rule |\"|\()([WTHDCL][0-9]{1,2})\b", path.read_text(encoding="utf-8"))
     }
     assert sorted(named - set(RULES)) == []

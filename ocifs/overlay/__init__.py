@@ -1,7 +1,7 @@
 """Ordered layers to one tree: every rule about whiteouts, types, parents and links lives here and nowhere else.
 
 Pure: values in, values out. Not here: how a tar header is read (`ocifs.tar`), how a tree is written (`ocifs.erofs`).
-The rows (W1, T5, H3, …) are those of the project's layer rules.
+The rows (W1, T5, H3, …) are those of `ocifs.rules`.
 
 Theory
 ======
