@@ -45,7 +45,13 @@ def _complete_mountpoint(_: click.Context, __: click.Parameter, incomplete: str)
         "ocifs mount --foreground -v containerd:docker.io/library/redis:7 /mnt",
     )
 )
-@click.option("--driver", type=click.Choice(_DRIVERS), default="fuse", help="How the tree reaches the kernel.")
+@click.option(
+    "--driver",
+    type=click.Choice(_DRIVERS),
+    default="fuse",
+    help="Who walks the tree: fuse, this program, works everywhere; erofs, the kernel, is faster and needs root and "
+    "Linux 6.12; auto, erofs where it works.  [default: fuse]",
+)
 @click.option("-f", "--foreground", is_flag=True, help="Serve in this process, until the mount ends.")
 @click.option("-o", "fuse_words", metavar="OPT[,OPT…]", multiple=True, help="Mount options, as allow_other or noexec.")
 @opt.ref_argument
@@ -59,7 +65,8 @@ def mount(
     A daemon goes on serving it in the background until it is unmounted. Layers that were never seen before are indexed
     first; after that a mount takes no longer than starting ocifs.
     """
-    from ocifs import daemon, driver as drivers  # noqa: PLC0415 (only what mounts loads FUSE)
+    from ocifs import daemon  # noqa: PLC0415 (only what mounts loads FUSE)
+    from ocifs import driver as drivers  # noqa: PLC0415
 
     words = [word for group in fuse_words for word in group.split(",") if word]
     options = drivers.check_options(words)
