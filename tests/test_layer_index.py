@@ -594,6 +594,22 @@ def test_a_child_that_crashes_is_tried_again_without_rapidgzip(tmp_path: Path) -
     check_whole(one, layer())
 
 
+def test_a_child_that_gets_nowhere_is_tried_again_without_rapidgzip(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(passes, "STALL_SECONDS", 0.1)
+    marker = tmp_path / "stalled"
+
+    def stall() -> None:
+        if not marker.exists():
+            marker.touch()
+            signal.pause()
+
+    one = indexed(_Fails(made("gzip by zlib"), 1_000_000, stall))
+    assert one.built.reframed
+    check_whole(one, layer())
+
+
 def test_a_child_that_crashes_twice_is_an_error() -> None:
     def crash() -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -3,8 +3,8 @@
 A pass over hostile data may need much memory, and the C++ it stands on may abort; neither must happen to whoever wants
 the index, who may be serving mounts. So the pass (`ocifs.layer_index.passes`) runs in a forked child that inherits the
 open blob and files and tells through a pipe how far it is, and in the end what came out. The child dies with its
-parent. A child that dies by itself is started again without rapidgzip, the only part that could be the cause; if that
-dies too, it is an error with a plain message.
+parent. A child that dies by itself, takes too much memory or gets nowhere is started again without rapidgzip, the only
+part that could be the cause; if that dies too, it is an error with a plain message.
 
 Fork, not spawn: the blob and the files are open descriptors, and starting Python again costs as much as indexing a
 small layer. It is safe because the caller has no other threads that could hold a lock at that moment.

@@ -31,6 +31,7 @@ import hashlib
 import io
 import itertools
 import os
+import signal
 import struct
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -84,6 +85,12 @@ _BOMB_SIZE: Final = 64 << 20
 
 rapidgzip would need memory in proportion (1.1 GB at a thousandfold) and is slower there than zlib; the re-framed copy
 of such data is small.
+"""
+
+STALL_SECONDS: Final = 20
+"""How long rapidgzip may take for a piece of `_CHUNK` bytes, which is 2 ms of work, before its process is ended.
+
+On some truncated streams one of its threads loops for ever. The process is then started again without it.
 """
 
 _CHUNK: Final = 1 << 20
@@ -486,6 +493,7 @@ class _Pass:
             )
             try:
                 self._pump(file, checks)
+                signal.setitimer(signal.ITIMER_REAL, STALL_SECONDS)
                 return _Checkpoints.exported(file), checks
             finally:
                 file.close()  # it would abort the interpreter if it were closed by the garbage collector at exit
@@ -498,6 +506,8 @@ class _Pass:
             if source.failure is not None:
                 raise source.failure from None
             raise _Distrusted(str(error)) from None
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
     def _pump(self, file: _RapidgzipFile, checks: _SpanChecks) -> None:
         # One buffer more than can wait in the lane: a buffer is written to again only when its job is done.
@@ -505,6 +515,8 @@ class _Pass:
         position = known = 0
         while True:
             buffer = next(buffers)
+            # The signal ends the process whatever its threads do: in a pass SIGALRM has its default action.
+            signal.setitimer(signal.ITIMER_REAL, STALL_SECONDS)
             size = file.readinto(buffer)
             if not size:
                 return

@@ -39,7 +39,7 @@ from tests.support import tarball as t
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-HANG_SECONDS: Final = 60
+HANG_SECONDS: Final = 120
 
 
 class _Bytes:
