@@ -245,7 +245,7 @@ def _index_json(layer: OpenLayer) -> dict[str, Any]:
             for notice in index.notices
         ],
         "damage": None if index.damage is None else index.damage.message,
-        "mismatches": [mismatch.message for mismatch in index.mismatches],
+        "mismatches": [warned.message for warned in layer.warnings],
         "trailing": None
         if index.trailing is None
         else {"layer_offset": index.trailing.layer_offset, "size": index.trailing.size},

@@ -99,7 +99,8 @@ class Image:
     @property
     def warnings(self) -> tuple[Warned, ...]:
         """Everything noticed: documents, layers, merge."""
-        return (*self.resolved.warnings, *self.tree.warnings())
+        layers = (warned for layer in self.layers for warned in layer.warnings)
+        return (*self.resolved.warnings, *layers, *self.tree.warnings())
 
     def close(self) -> None:
         """Close tree and layers."""

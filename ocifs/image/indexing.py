@@ -19,9 +19,10 @@ from ocifs import compression, layer_index
 from ocifs.errors import DamagedError, NotFoundError, StaleFormatError
 from ocifs.layer_data import LayerData
 from ocifs.store import Kind
+from ocifs.tree import Warned
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from ocifs.layer_index import LayerIndex
     from ocifs.sources import Blob, LayerBlob
@@ -77,6 +78,8 @@ class OpenLayer:
     key: str
     index: LayerIndex
     data: LayerData
+    warnings: tuple[Warned, ...]
+    """How the layer is not what the image says it is; empty unless examined."""
 
     @property
     def number(self) -> int:
@@ -91,7 +94,9 @@ class OpenLayer:
 def layer_key(blob: LayerBlob, stored: Blob) -> str:
     """Under what a layer's index is kept: the blob's digest, else what a docker-archive says of it (module docstring)."""
     if blob.digest is not None:
-        return digest_key(blob.digest)
+        # An index holds one diff ID, which can be compared only with one of the same algorithm.
+        other = blob.diff_id is not None and blob.diff_id.algorithm != "sha256"
+        return digest_key(blob.digest) + (f"-{blob.diff_id.algorithm}" if other and blob.diff_id else "")
     kind = compression.detect(stored.read_at(0, compression.HEAD_SIZE))
     diff_id = blob.diff_id
     if diff_id is None:
@@ -117,7 +122,8 @@ def closing(wanted: Wanted) -> Callable[..., None]:
 class Wanted:
     """A layer on its way to being open: its blob, its key, and its index once that is loaded."""
 
-    def __init__(self, blob: LayerBlob, stored: Blob, key: str) -> None:
+    def __init__(self, blob: LayerBlob, stored: Blob, key: str, *, tolerant: bool = False) -> None:
+        self._tolerant = tolerant
         self.blob = blob
         self.stored = stored
         self.key = key
@@ -131,28 +137,38 @@ class Wanted:
             return False
         try:
             index = layer_index.load(file)
-            if index.stored_size != self.stored.size and not index.mismatches:
-                message = (
-                    f"{self.stored.name} has {self.stored.size} bytes; the layer {index.digest} has {index.stored_size}: "
-                    "it was cut or replaced"
-                )
-                raise _WrongSizeError(message)
             copy = store.open_entry(Kind.REFRAMED, self.key) if index.reframed else None
             if index.reframed and (copy is None or copy.size != index.data_size):
                 if copy is not None:
                     copy.close()
                 message = f"the re-framed copy of layer {index.digest} was evicted"
                 raise StaleFormatError(message)
-        except _WrongSizeError:
-            file.close()
-            raise
         except (StaleFormatError, DamagedError) as error:
             _log.info("rebuilding a layer index: %s", error)
             file.close()
             store.discard(Kind.LAYER, self.key)
             return False
         self.index, self.copy = index, copy
+        if not self._tolerant:
+            for message in self._contradictions(index):
+                raise DamagedError(message)
         return True
+
+    def _contradictions(self, index: LayerIndex) -> Iterator[str]:
+        """Say how the blob that was indexed is not what this image says it is (rule C4), and where its data breaks off.
+
+        Asked of every index that is loaded, for the same blob may be named by images that say different things of it, and
+        an index may have been made under examination.
+        """
+        blob, name = self.blob, self.stored.name
+        if index.stored_size != self.stored.size:
+            yield f"{name} has {self.stored.size} bytes, but had {index.stored_size} when it was indexed"
+        if blob.digest is not None and blob.digest != index.digest:
+            yield f"{name} has the wrong digest: expected {blob.digest}, found {index.digest}"
+        broken = [mismatch.message for mismatch in index.mismatches if mismatch.what == "data"]
+        if blob.diff_id is not None and blob.diff_id != index.diff_id and not broken:
+            yield f"{name} has the wrong diff ID: expected {blob.diff_id}, found {index.diff_id}"
+        yield from broken
 
     def opened(self) -> OpenLayer:
         """Give the layer, once `load` has succeeded."""
@@ -161,9 +177,11 @@ class Wanted:
             raise RuntimeError(message)
         data: Blob | StoredFile = self.stored
         if self.copy is not None:
-            self.stored.close()
             data = self.copy
-        return OpenLayer(self.blob, self.key, self.index, LayerData(self.blob.number, self.index, data))
+        warnings = tuple(Warned("C4", self.blob.number, b"", what) for what in self._contradictions(self.index))
+        if self.copy is not None:
+            self.stored.close()
+        return OpenLayer(self.blob, self.key, self.index, LayerData(self.blob.number, self.index, data), warnings)
 
     def close(self) -> None:
         """Close everything that was opened on the way."""
@@ -172,10 +190,6 @@ class Wanted:
             self.copy.close()
         if self.index is not None:
             self.index.close()
-
-
-class _WrongSizeError(DamagedError):
-    """The blob no longer has the size that was indexed under its digest: the blob is at fault, not the cache."""
 
 
 class _Job:
@@ -247,7 +261,7 @@ class Indexing:
         except BaseException:
             stored.close()
             raise
-        self.wanted.append(Wanted(blob, stored, key))
+        self.wanted.append(Wanted(blob, stored, key, tolerant=self._tolerant))
         return self.wanted[-1]
 
     def finish(self) -> None:
@@ -271,14 +285,18 @@ class Indexing:
                 pass  # whoever had it is done; look again
 
     def _build(self, mine: list[tuple[Wanted, BuildLock]]) -> None:
-        """Build as many at once as there are CPUs, the largest first: it is what the others can hide behind."""
+        """Build as many at once as there are CPUs, the largest first: it is what the others can hide behind.
+
+        Decompressing one layer with two threads takes more CPU than two layers with one each, so CPUs are shared out.
+        """
         cpus = len(os.sched_getaffinity(0))
+        threads = max(1, cpus // len(mine))
         queue = sorted(mine, key=lambda one: one[0].stored.size)
         running: list[_Job] = []
         try:
             while queue or running:
                 while queue and len(running) < cpus:
-                    running.append(self._start(*queue.pop(), threads=cpus))
+                    running.append(self._start(*queue.pop(), threads=threads))
                 self._step(running)
         finally:
             for job in running:
