@@ -6,6 +6,7 @@ Nothing left means: no mount, no process, no record. Not here: what is inside a 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import select
 import signal
@@ -558,27 +559,84 @@ def test_a_mount_does_not_gather_descriptors_or_threads(image: str, cache: Path,
 # -- readers that die ----------------------------------------------------------------------------------------------
 
 
-def test_readers_killed_at_any_moment_do_not_stall_the_daemon(image: str, cache: Path, tmp_path: Path) -> None:
-    """The trap of pyfuse3's blocking read (`ocifs.driver`): a request that vanishes between wake-up and read.
+@pytest.fixture(scope="module")
+def slow_image(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Give a reference to an image whose large file takes long to read: each span must be inflated."""
+    path = tmp_path_factory.mktemp("slow") / "image"
+    data = hashlib.shake_256(b"slow").hexdigest(12 << 20).encode()
+    layout.write_layout(path, [tarball(entry("file", CONTENT), entry("large", data))], compression="gzip")
+    return f"oci:{path}"
 
-    One process reads, each piece from a span that must be decoded anew, and reports each piece. Meanwhile forty others
-    ask without end, and are all killed at once, so that many requests vanish from the queue at the same moment. Only when
-    the reader has reported its next piece do the next forty start: if the daemon stood still, nothing would wake it.
+
+KILLING = """
+import os, select, signal
+from ocifs import driver
+plain = driver._Waiting.after_io_wait
+def deadly(self, timeout):
+    plain(self, timeout)
+    if self._poll.poll(0) and os.path.exists(os.environ["VICTIM"]):
+        with open(os.environ["VICTIM"]) as file:
+            victim = int(file.read())
+        os.unlink(os.environ["VICTIM"])
+        held = os.pidfd_open(victim)
+        os.kill(victim, signal.SIGKILL)
+        select.select([held], [], [])
+        os.close(held)
+driver._Waiting.after_io_wait = deadly
+"""
+"""Makes the daemon kill the process that a file names, just when a request woke it and before it reads that request."""
+
+
+def test_a_reader_killed_between_wake_up_and_read_does_not_stall_the_daemon(
+    slow_image: str, tmp_path: Path, cache: Path
+) -> None:
+    """The trap of pyfuse3's blocking read (`ocifs.driver`): its request is gone, and the read would wait for another one.
+
+    There is none: the only other process waits for a span to be inflated, which needs the thread that waits in vain.
     """
-    with mounted(image, tmp_path / "mnt", "--cache-memory", "1", cache=cache) as mount:
+    victim = tmp_path / "victim"
+    options = ("--cache-memory", "1")
+    env = {"VICTIM": str(victim)}
+    with mounted(slow_image, tmp_path / "mnt", *options, cache=cache, env=env, code=KILLING) as mount:
         reader = start("keep_reading", mount.at("large"), 256 << 10, limit=240)
-        assert reader.stdin is not None
-        for _ in range(25):
-            crowd = start("many_asking", mount.at("file"), 40)
-            group = int(_wait_for_line(crowd))
+        for number in range(15):
+            asking = start("ask_without_end", mount.at("file"))
+            _wait_for_line(asking)
+            (tmp_path / "new").write_text(str(asking.pid))
+            (tmp_path / "new").rename(victim)
+            assert asking.wait(20) == -signal.SIGKILL
+            asking.communicate()
+            _drop_what_was_said(reader)
+            for _ in range(3):
+                _wait_for_line(reader, limit=20)
+        assert answer(reader) > 3 * number
+
+
+def test_readers_killed_at_any_moment_do_not_stall_the_daemon(slow_image: str, tmp_path: Path, cache: Path) -> None:
+    """One process reads, each piece from a span that must be inflated anew, and reports each piece.
+
+    Meanwhile thirty threads ask without end and are all killed at once, again and again, so that requests vanish from the
+    queue at every possible moment. Then the reader is alone: if the daemon stood still, nothing would wake it.
+    """
+    with mounted(slow_image, tmp_path / "mnt", "--cache-memory", "1", cache=cache) as mount:
+        reader = start("keep_reading", mount.at("large"), 256 << 10, limit=240)
+        crowds = start("crowds", mount.at("file"), 30, limit=240)
+        assert crowds.stdin is not None
+        for _ in range(150):
+            crowds.stdin.write("\n")
+            crowds.stdin.flush()
+            _wait_for_line(crowds)
+            _drop_what_was_said(reader)
             for _ in range(2):
-                reader.stdin.write("\n")
-                reader.stdin.flush()
-            _wait_for_line(reader)  # the daemon is amidst decoding the second piece
-            os.killpg(group, signal.SIGKILL)
-            crowd.communicate(timeout=LIMIT)
-            _wait_for_line(reader, limit=20)  # nothing else wakes the daemon
-        assert answer(reader) == 50
+                _wait_for_line(reader, limit=20)
+        assert answer(crowds) == 150
+        assert answer(reader) > 300
+
+
+def _drop_what_was_said(process: subprocess.Popen[str]) -> None:
+    assert process.stderr is not None
+    while select.select([process.stderr], [], [], 0)[0]:
+        os.read(process.stderr.fileno(), 1 << 16)
 
 
 def test_a_reader_killed_while_it_waits_for_data_harms_nobody(image: str, cache: Path, tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ Not here: who starts this, with which time limit (`tests.support.mounting`), and
 
 from __future__ import annotations
 
+import _thread
+import contextlib
 import ctypes
 import errno
 import hashlib
@@ -17,6 +19,7 @@ import json
 import mmap
 import os
 import random
+import select
 import signal
 import stat
 import subprocess
@@ -486,7 +489,7 @@ def hold_mapping(path: str) -> str:
 
 
 def keep_reading(path: str, size: int) -> int:
-    """Read pieces of a file from the daemon, never from the kernel's pages, one for each line of standard input.
+    """Read pieces of a file from the daemon, never from the kernel's pages, until standard input ends.
 
     After each a line is written to standard error. Gives how many there were.
     """
@@ -494,30 +497,50 @@ def keep_reading(path: str, size: int) -> int:
     length = os.fstat(fd).st_size
     buffer = mmap.mmap(-1, size)
     at = count = 0
-    for _ in sys.stdin:
+    while not select.select([sys.stdin], [], [], 0)[0]:
         os.preadv(fd, [buffer], at)
-        at = (at + (2 << 20)) % (length - size) & ~4095
+        at = (at + (2 << 20) + size) % (length - size) & ~4095
         count += 1
         _tell(str(count))
     return count
 
 
-def many_asking(path: str, count: int) -> None:
-    """Have ``count`` processes, a process group whose number is told, send requests to the daemon until they are killed.
+def crowds(path: str, count: int) -> int:
+    """For each line of standard input have a process of ``count`` threads send requests to the daemon, and kill it.
 
-    An attribute that is asked for is never kept by the kernel, so each call is a request.
+    Threads, for they all die at once, in microseconds. The moment is a random one, by the number of requests that we get
+    answered ourselves meanwhile. An attribute that is asked for is never kept by the kernel, so each call is a request.
     """
-    os.setpgid(0, 0)
-    for _ in range(count - 1):
-        if _fork() == 0:
-            break
-    else:
-        _tell(str(os.getpid()))
+    order, rounds = random.Random(1), 0
+    for _ in sys.stdin:
+        pid = _fork()
+        if pid == 0:
+            for _ in range(count - 1):
+                _thread.start_new_thread(_ask_without_end, (path,))
+            _ask_without_end(path)
+        for _ in range(order.randrange(5, 60)):
+            _ask(path)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        rounds += 1
+        _tell("killed")
+    return rounds
+
+
+def _ask_without_end(path: str) -> None:
     while True:
-        try:
-            os.getxattr(path, "user.nothing")
-        except OSError:
-            continue
+        _ask(path)
+
+
+def ask_without_end(path: str) -> None:
+    """Send requests until killed."""
+    _tell("asking")
+    _ask_without_end(path)
+
+
+def _ask(path: str) -> None:
+    with contextlib.suppress(OSError):
+        os.getxattr(path, "user.nothing")
 
 
 def run_there(root: str, words: list[str]) -> list[Any]:

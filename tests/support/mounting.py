@@ -74,6 +74,11 @@ def command(*words: str | Path) -> list[str]:
     return [*PYTHON, "-m", "ocifs", *map(str, words)]
 
 
+def patched(code: str, *words: str | Path) -> list[str]:
+    """Give the words that run ocifs after some code that changes how it goes."""
+    return [*PYTHON, "-c", f"{code}\nimport sys\nfrom ocifs.cli import main\nsys.exit(main())", *map(str, words)]
+
+
 def ocifs(
     *words: str | Path, limit: float = LIMIT, env: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
@@ -215,10 +220,12 @@ def mounted(
     env: Mapping[str, str] | None = None,
     limit: float = LIMIT,
     ended: bool = False,
+    code: str = "",
 ) -> Iterator[Mount]:
     """Mount ``reference`` on ``path`` (made if need be) for the length of the block.
 
     A mount that does not come about, or does not end when it should, fails the test; with ``ended`` the test ends it.
+    ``code`` is run first in the process that mounts (see `patched`).
     """
     path.mkdir(parents=True, exist_ok=True)
     words = [
@@ -232,7 +239,7 @@ def mounted(
     ]
     daemon: Process | None = None
     try:
-        done = ocifs(*words, limit=limit, env=env)
+        done = run(patched(code, *words), limit=limit, env=env)
         assert done.returncode == 0, done.stderr
         record = record_of(path)
         assert record is not None, "ocifs ps does not list the mount"
