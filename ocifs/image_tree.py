@@ -306,7 +306,9 @@ class ImageTree:
         self.close()
 
     def _damaged(self, what: str) -> NoReturn:
-        raise DamagedError(f"the image tree {self._name} is damaged: {what}")
+        raise DamagedError(
+            f"the image tree {self._name} is damaged: {what}; run 'ocifs cache clear' to have it built again"
+        )
 
     # ---- verification
 

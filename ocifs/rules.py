@@ -22,6 +22,11 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
+import msgspec
+
+RULES_VERSION: Final = 1
+"""Part of the key of a kept tree: raise it whenever the same layers can come out differently."""
+
 RULES: Final[Mapping[str, str]] = MappingProxyType(
     {
         "W1": ".wh.NAME hides the lower NAME, file or whole directory; the marker itself is not shown",
@@ -106,3 +111,18 @@ RULES: Final[Mapping[str, str]] = MappingProxyType(
     }
 )
 """Row → what it says, one clause each."""
+
+
+class MergeOptions(msgspec.Struct, frozen=True):
+    """What changes a tree; every field is part of the key of a kept tree."""
+
+    examine: bool = False
+    """Warn where a rule refuses."""
+    show_whiteout_devices: bool = False
+    """Show char devices 0:0 instead of taking them as whiteouts (W20)."""
+    follow_dirlinks: bool = False
+    """Follow a lower symlink that leads to a directory where a path goes through it (T8, T11), as unpacking would."""
+    all_xattrs: bool = False
+    """Show the xattrs that are hidden by default (D10); overlayfs' own stay hidden (W21)."""
+    single_layer: bool = False
+    """One layer alone: merged as examined, its whiteouts shown as empty files named ``.wh.*``."""

@@ -29,13 +29,14 @@ from typing import Self
 
 import msgspec
 
-from ocifs import image_tree, overlay, reference, sources
+from ocifs import image_tree, reference, sources
 from ocifs.errors import MachineError, UnsupportedError, UsageError
 from ocifs.forked import run_forked
 from ocifs.image.indexing import Indexing, OpenLayer, Progress, Silent, closing, layer_key
 from ocifs.image.outer import open_outer_archive
 from ocifs.image_tree import ImageTree
 from ocifs.reference import Reference
+from ocifs.rules import RULES_VERSION, MergeOptions
 from ocifs.sources import Blob, LayerBlob, ResolvedImage
 from ocifs.spec import Platform
 from ocifs.store import Kind, Store, StoredFile
@@ -225,8 +226,8 @@ def open_image(text: str, store: Store, options: ImageOptions, progress: Progres
         return Image(resolved, layers, tree, file)
 
 
-def _merge_options(options: ImageOptions) -> overlay.MergeOptions:
-    return overlay.MergeOptions(
+def _merge_options(options: ImageOptions) -> MergeOptions:
+    return MergeOptions(
         examine=options.examine or options.layer is not None,
         show_whiteout_devices=options.show_whiteout_devices,
         follow_dirlinks=options.follow_dirlinks,
@@ -238,7 +239,7 @@ def _merge_options(options: ImageOptions) -> overlay.MergeOptions:
 def _tree_key(layers: Sequence[OpenLayer], options: ImageOptions) -> str:
     made_from = (
         image_tree.FORMAT_VERSION,
-        overlay.RULES_VERSION,
+        RULES_VERSION,
         [(layer.number, layer.key) for layer in layers],
         _merge_options(options),
     )
@@ -246,6 +247,8 @@ def _tree_key(layers: Sequence[OpenLayer], options: ImageOptions) -> str:
 
 
 def _build_tree(key: str, layers: Sequence[OpenLayer], store: Store, options: ImageOptions, progress: Progress) -> None:
+    from ocifs import overlay  # noqa: PLC0415 (a tree that is there already needs no merge)
+
     progress.merging(len(layers))
     inputs = [
         overlay.LayerInput(layer.number, layer.index.entries(), layer.index.damage, layer.index.notices)
@@ -264,7 +267,7 @@ def _build_tree(key: str, layers: Sequence[OpenLayer], store: Store, options: Im
             gc.disable()
             tree = overlay.merge(inputs, _merge_options(options))
             try:
-                image_tree.write(tree, new.file, layers=devices, rules_version=overlay.RULES_VERSION, key=key)
+                image_tree.write(tree, new.file, layers=devices, rules_version=RULES_VERSION, key=key)
                 new.file.flush()
             except OSError as error:
                 message = f"cannot write the image tree into the cache directory {store.path}: {error.strerror}"

@@ -287,16 +287,18 @@ class Indexing:
     def _build(self, mine: list[tuple[Wanted, BuildLock]]) -> None:
         """Build as many at once as there are CPUs, the largest first: it is what the others can hide behind.
 
-        Decompressing one layer with two threads takes more CPU than two layers with one each, so CPUs are shared out.
+        Decompressing one layer with two threads takes more CPU than two layers with one each. So threads are shared out
+        by size: only a layer that takes longer than all the others together has something to gain from a second one.
         """
         cpus = len(os.sched_getaffinity(0))
-        threads = max(1, cpus // len(mine))
+        total = max(1, sum(one.stored.size for one, _ in mine))
         queue = sorted(mine, key=lambda one: one[0].stored.size)
         running: list[_Job] = []
         try:
             while queue or running:
                 while queue and len(running) < cpus:
-                    running.append(self._start(*queue.pop(), threads=threads))
+                    one, lock = queue.pop()
+                    running.append(self._start(one, lock, threads=max(1, round(cpus * one.stored.size / total))))
                 self._step(running)
         finally:
             for job in running:

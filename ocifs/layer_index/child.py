@@ -32,7 +32,7 @@ import msgspec
 
 from ocifs import errors
 from ocifs.errors import MachineError, OcifsError
-from ocifs.layer_index.passes import Built, Expected, Job, StoredBytes, disk_problem, run
+from ocifs.layer_index.job import Built, Expected, Job, StoredBytes
 
 __all__ = ["Build", "Built", "Expected", "StoredBytes", "build", "wait_any"]
 
@@ -288,6 +288,8 @@ def _watch_memory() -> None:
 
 
 def _work(job: Job, pipe: int, *, certain: bool) -> _Failed | _Finished:
+    from ocifs.layer_index.passes import disk_problem, run  # noqa: PLC0415 (loaded before the fork: `Build`)
+
     reported = 0
 
     def progress(stored: int) -> None:

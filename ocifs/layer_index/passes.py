@@ -37,7 +37,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, BinaryIO, Final, NamedTuple, Protocol
 
-import msgspec
 import rapidgzip
 import zstandard
 from isal import isal_zlib
@@ -46,8 +45,9 @@ from ocifs.compression import HEAD_SIZE, Compression, detect, streams, zstd
 from ocifs.compression.gzip import MAX_WINDOW, check_last_span, inflate_span, member_tail
 from ocifs.errors import DamagedError, MachineError, OcifsError, UnsupportedError
 from ocifs.layer_index.format import Mismatch, Writer
+from ocifs.layer_index.job import Built, Job, StoredBytes
 from ocifs.spec import DiffID, Digest, Hasher
-from ocifs.tar import Damage, TarScanner, TarSummary
+from ocifs.tar import TarScanner, TarSummary
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer as Buffer
@@ -96,66 +96,6 @@ On some truncated streams one of its threads loops for ever. The process is then
 _CHUNK: Final = 1 << 20
 """Bytes read or decompressed at a time; `_RING` of them may be under way in a lane."""
 _RING: Final = 4
-
-
-class StoredBytes(Protocol):
-    """What is indexed; every blob of `ocifs.sources` is one."""
-
-    @property
-    def name(self) -> str:
-        """For messages."""
-        ...
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        ...
-
-    def read_at(self, offset: int, size: int, /) -> bytes:
-        """Give ``size`` bytes at ``offset``, fewer only at the end."""
-        ...
-
-    def file_range(self) -> tuple[int, int, int] | None:
-        """Give (descriptor, offset, size) if the bytes are a range of a file."""
-        ...
-
-
-class Expected(msgspec.Struct, frozen=True):
-    """What a blob ought to be, as far as is known (rule C4)."""
-
-    size: int | None = None
-    """Bytes as stored."""
-    digest: Digest | None = None
-    diff_id: DiffID | None = None
-
-
-class Built(msgspec.Struct, frozen=True):
-    """What was indexed, as it is, not as it was expected: ``digest`` is the key to keep the index under."""
-
-    digest: Digest
-    diff_id: DiffID
-    stored_size: int
-    layer_size: int
-    compression: Compression
-    entry_count: int
-    reframed: bool
-    """Whether the index is about the re-framed copy, which must then be kept with it."""
-    damage: Damage | None
-    """Where the tar stream breaks a rule, if it does."""
-    mismatches: tuple[Mismatch, ...]
-    """What failed and was tolerated; empty unless ``tolerant``."""
-
-
-class Job(NamedTuple):
-    """One pass: see `ocifs.layer_index.child.build` for what the fields mean."""
-
-    blob: StoredBytes
-    expected: Expected
-    out: BinaryIO
-    reframed: BinaryIO | None
-    tolerant: bool
-    archive: bool
-    threads: int
 
 
 class _Distrusted(Exception):  # noqa: N818 - not an error of anybody's; it never leaves this module

@@ -64,12 +64,11 @@ in it changes its kind, which costs no more than filling it did); a thousand war
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Protocol
-
-import msgspec
+from typing import TYPE_CHECKING, Protocol
 
 from ocifs.overlay.combination import combine
 from ocifs.overlay.upper import Upper
+from ocifs.rules import RULES_VERSION, MergeOptions
 from ocifs.tree import Kind, Node, Origin, Tree
 
 if TYPE_CHECKING:
@@ -78,24 +77,6 @@ if TYPE_CHECKING:
     from ocifs.tar import Damage, Entry, Noticed
 
 __all__ = ["RULES_VERSION", "LayerInput", "Merge", "MergeOptions", "Observer", "merge"]
-
-RULES_VERSION: Final = 1
-"""Part of the key of a kept tree: raise it whenever the same layers can come out differently."""
-
-
-class MergeOptions(msgspec.Struct, frozen=True):
-    """What changes a tree; every field is part of the key of a kept tree."""
-
-    examine: bool = False
-    """Warn where a rule refuses."""
-    show_whiteout_devices: bool = False
-    """Show char devices 0:0 instead of taking them as whiteouts (W20)."""
-    follow_dirlinks: bool = False
-    """Follow a lower symlink that leads to a directory where a path goes through it (T8, T11), as unpacking would."""
-    all_xattrs: bool = False
-    """Show the xattrs that are hidden by default (D10); overlayfs' own stay hidden (W21)."""
-    single_layer: bool = False
-    """One layer alone: merged as examined, its whiteouts shown as empty files named ``.wh.*``."""
 
 
 @dataclass(frozen=True, slots=True)

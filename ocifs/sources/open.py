@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from ocifs.errors import NotFoundError, OcifsError, UnsupportedError
 from ocifs.reference import Reference, Scheme
-from ocifs.sources import containerd, docker_archive, layout, skopeo_dir
+from ocifs.sources import docker_archive, layout, skopeo_dir
 from ocifs.sources.archive import ArchiveFolder
 from ocifs.sources.base import Blob
 from ocifs.sources.blob import FileBlob, os_problem, shown
@@ -67,9 +67,15 @@ def open_source(
         case Scheme.DOCKER_ARCHIVE:
             return _open_docker_archive(_open_folder(path, open_archive))
         case Scheme.CONTAINERD:
-            return containerd.ContainerdSource(root, namespace)
+            return _open_store(root, namespace)
         case Scheme.PATH:
             return _open_path(path, open_archive, namespace)
+
+
+def _open_store(root: bytes, namespace: str) -> Source:
+    from ocifs.sources.containerd import ContainerdSource  # noqa: PLC0415 (with its database reader; rarely needed)
+
+    return ContainerdSource(root, namespace)
 
 
 def _kind(path: bytes) -> int:
@@ -151,12 +157,14 @@ def _open_directory(path: bytes, namespace: str) -> Source:
     if _has(folder, skopeo_dir.MANIFEST_FILE):
         with within("recognised as a dir: directory"):
             return skopeo_dir.DirSource(folder)
+    from ocifs.sources.containerd import CONTENT  # noqa: PLC0415 (as in `_open_store`)
+
     try:
-        is_store = _kind(os.path.join(path, containerd.CONTENT)) == stat.S_IFDIR
+        is_store = _kind(os.path.join(path, CONTENT)) == stat.S_IFDIR
     except NotFoundError:
         is_store = False
     if is_store:
-        return containerd.ContainerdSource(path, namespace)
+        return _open_store(path, namespace)
     raise UnsupportedError(f"{shown(path)} is a directory without index.json or manifest.json, so no image; {_KNOWN}")
 
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from benchmark.images import Images, Layout
 from benchmark.machine import Tools
-from benchmark.processes import FailedError, mounted, run, served, unmount
+from benchmark.processes import FailedError, mounted, real, run, served, unmount
 
 RUNTIME = Path("/run/ocifs")
 """Where root's ocifs keeps its mount records; in here it is a private one."""
@@ -58,7 +58,7 @@ def daemon_of(place: Path) -> int:
     for path in RUNTIME.glob("*.json"):  # what `ocifs ps --json` prints, without the time it takes
         with contextlib.suppress(ValueError, FileNotFoundError):
             record = json.loads(path.read_bytes())
-            if record["mountpoint"] == os.path.realpath(place):
+            if record["mountpoint"] == str(real(place)):
                 return int(record["pid"])
     raise FailedError("ocifs has no record of the mount")
 

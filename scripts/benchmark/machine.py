@@ -151,7 +151,7 @@ def facts(checkout: Path, tools: Tools, work: Path) -> dict[str, str]:
     peers += _python_versions(tools.peers / "python", ("ratarmount", "rapidgzip"))[1:]
     kind = "?"
     with contextlib.suppress(FailedError):
-        kind = run("stat", "-f", "-c", "%T", work).output.decode().strip()
+        kind = run("findmnt", "-n", "-o", "FSTYPE", "-T", work).output.decode().strip()
     return {
         "machine": f"{processor}, {cores} {'core' if cores == 1 else 'cores'}, {memory:.0f} GiB",
         "kernel": f"Linux {platform.release()}",

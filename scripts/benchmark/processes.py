@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import select
 import signal
@@ -25,7 +26,11 @@ Word = str | Path
 
 CLONE_NEWNS, CLONE_NEWPID = 0x00020000, 0x20000000  # include/uapi/linux/sched.h
 MS_REC, MS_PRIVATE = 0x4000, 0x40000  # include/uapi/linux/mount.h
+MNT_DETACH = 2  # the same
 PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
+
+
+LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 class FailedError(Exception):
@@ -33,16 +38,24 @@ class FailedError(Exception):
 
 
 class Ran(NamedTuple):
-    """A command that has ended well: seconds from start to end, and what it printed."""
+    """A command that has ended: seconds from start to end, what it printed, what it complained about."""
 
     seconds: float
     output: bytes
+    complaint: str = ""
+
+
+class Piped(NamedTuple):
+    """The same for a command that was piped: bytes instead of the output."""
+
+    seconds: float
+    size: int
+    complaint: str = ""
 
 
 def in_namespaces(main: Callable[[], int]) -> int:
     """Run `main` in a mount and a process namespace of its own, as process 1; give its status."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.unshare(CLONE_NEWNS | CLONE_NEWPID) != 0:
+    if LIBC.unshare(CLONE_NEWNS | CLONE_NEWPID) != 0:
         raise OSError(ctypes.get_errno(), "unshare")
     child = os.fork()
     if child:
@@ -53,10 +66,10 @@ def in_namespaces(main: Callable[[], int]) -> int:
                 return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     status = 70  # EX_SOFTWARE in sysexits.h
     try:
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
             signal.signal(number, _interrupt)
-        if libc.mount(None, b"/", None, MS_REC | MS_PRIVATE, None) or libc.mount(b"proc", b"/proc", b"proc", 0, None):
+        if LIBC.mount(None, b"/", None, MS_REC | MS_PRIVATE, None) or LIBC.mount(b"proc", b"/proc", b"proc", 0, None):
             raise OSError(ctypes.get_errno(), "mount")
         status = main()
     except KeyboardInterrupt:
@@ -112,10 +125,14 @@ def run(
     limit: float = 120,
     feed: bytes | None = None,
     keep: bool = True,
+    forgive: bool = False,
     cwd: Path | None = None,
     env: dict[str, str] | None = None,
 ) -> Ran:
-    """Run a command; its output goes to memory (`keep`) or nowhere. Raises FailedError if it fails or takes too long."""
+    """Run a command; its output goes to memory (`keep`) or nowhere.
+
+    Raises FailedError if it takes too long, or fails and nobody forgives it.
+    """
     with contextlib.ExitStack() as files:
         out: IO[bytes] | int = subprocess.DEVNULL
         if keep:
@@ -135,12 +152,16 @@ def run(
         finally:
             if process.returncode is None:
                 _end(process)
+        complaint = ""
         if process.returncode:
-            raise _say_why(words, process, complaints)
+            error = _say_why(words, process, complaints)
+            if not forgive:
+                raise error
+            complaint = str(error)
         if isinstance(out, int):
-            return Ran(seconds, b"")
+            return Ran(seconds, b"", complaint)
         out.seek(0)
-        return Ran(seconds, out.read())
+        return Ran(seconds, out.read(), complaint)
 
 
 def _start(
@@ -161,8 +182,8 @@ def _start(
         raise FailedError(f"{words[0]} is not installed") from None
 
 
-def piped(*words: Word, limit: float = 120) -> tuple[float, int]:
-    """Run a command whose output goes through a pipe to nowhere; give seconds and bytes.
+def piped(*words: Word, limit: float = 120, forgive: bool = False) -> Piped:
+    """Run a command whose output goes through a pipe to nowhere; errors as with `run`.
 
     The pipe is emptied with splice(2) to /dev/null, which copies nothing: the time is the command's.
     """
@@ -185,9 +206,13 @@ def piped(*words: Word, limit: float = 120) -> tuple[float, int]:
                 _end(process)
         if seconds >= limit:
             raise FailedError(f"{Path(words[0]).name} was stopped after {limit:.0f} s")
+        complaint = ""
         if process.returncode:
-            raise _say_why(words, process, complaints)
-        return seconds, total
+            error = _say_why(words, process, complaints)
+            if not forgive:
+                raise error
+            complaint = str(error)
+        return Piped(seconds, total, complaint)
 
 
 def several(commands: Sequence[Sequence[Word]], at_once: int, *, limit: float = 120) -> float:
@@ -215,23 +240,32 @@ def several(commands: Sequence[Sequence[Word]], at_once: int, *, limit: float = 
 # -- mounts --------------------------------------------------------------------------------------------------------
 
 
+def real(place: Path) -> Path:
+    """The path of a mount point as the kernel's list has it, without touching the mount itself: it may answer nobody."""
+    return Path(os.path.realpath(place.parent)) / place.name
+
+
 def mounted_at(place: Path) -> bool:
     """Whether something is mounted exactly there; found without touching it."""
-    wanted = os.fsencode(os.path.realpath(place)).replace(b" ", b"\\040")
+    wanted = os.fsencode(real(place)).replace(b" ", b"\\040")
     return any(line.split(b" ")[4] == wanted for line in Path("/proc/self/mountinfo").read_bytes().splitlines())
 
 
 def unmount(place: Path, *, patience: float = 5.0) -> None:
-    """Take down whatever is mounted there, by force if need be."""
+    """Take down whatever is mounted there, by force if need be.
+
+    umount2(2) itself, for umount(8) looks at the mount first, and would wait for a server that does not answer.
+    """
     until = time.monotonic() + patience
+    path = os.fsencode(real(place))
     while mounted_at(place):
         lazily = time.monotonic() > until
-        with contextlib.suppress(FailedError):
-            run("umount", *(["-l"] if lazily else []), "--", place, limit=20, keep=False)
+        if LIBC.umount2(path, MNT_DETACH if lazily else 0) == 0:
             continue
-        if lazily:
-            raise FailedError(f"{place} could not be unmounted")
-        time.sleep(0.05)
+        number = ctypes.get_errno()
+        if lazily or number != errno.EBUSY:
+            raise FailedError(f"{place} could not be unmounted: {os.strerror(number)}")
+        time.sleep(0.02)
 
 
 @contextlib.contextmanager
@@ -259,11 +293,14 @@ def served(place: Path, *words: Word, limit: float = 120) -> Iterator[int]:
                 time.sleep(0.002)
             run("stat", place, limit=limit, keep=False)
             yield process.pid
+        except BaseException:
+            # It may be stuck, and whoever asked it waits uninterruptibly; its end is the end of that.
+            _end(process)
+            raise
         finally:
             unmount(place)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(10)
-            _end(process)
+            if not _ended([process], 10):
+                _end(process)
 
 
 # -- what the kernel knows -----------------------------------------------------------------------------------------

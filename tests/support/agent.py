@@ -1,7 +1,7 @@
 """What looks at a mount: functions that run in a process of their own and answer in JSON.
 
-``python -m tests.support.agent FUNCTION`` with the arguments as a JSON array in ``OCIFS_AGENT_ARGUMENTS`` and the seconds
-it may live in ``OCIFS_AGENT_LIMIT``. Names are text
+``python -m tests.support.agent FUNCTION`` with the arguments as a JSON array in the open file whose descriptor
+``OCIFS_AGENT_ARGUMENTS`` tells, and the seconds it may live in ``OCIFS_AGENT_LIMIT``. Names are text
 with surrogate escapes both ways. Nothing but the standard library is used, and nothing of ocifs: what is seen here is what
 the kernel says.
 
@@ -554,7 +554,9 @@ def run_there(root: str, words: list[str]) -> list[Any]:
 def main() -> None:
     """Run the function that the first word names."""
     signal.alarm(int(os.environ["OCIFS_AGENT_LIMIT"]))  # ends us even if who started us is gone
-    arguments = json.loads(os.environ["OCIFS_AGENT_ARGUMENTS"])
+    told = int(os.environ["OCIFS_AGENT_ARGUMENTS"])
+    arguments = json.loads(os.pread(told, os.fstat(told).st_size, 0))
+    os.close(told)
     json.dump(globals()[sys.argv[1]](*arguments), sys.stdout)
 
 

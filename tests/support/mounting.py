@@ -91,20 +91,21 @@ def start(function: str, *arguments: Any, limit: float = LIMIT) -> subprocess.Po
 
     It kills itself a little after ``limit``, should nobody else.
     """
-    return subprocess.Popen(
-        [*PYTHON, "-m", "tests.support.agent", function],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        encoding="utf-8",
-        env=environment(
-            {
-                "OCIFS_AGENT_ARGUMENTS": json.dumps([_plain(one) for one in arguments]),
-                "OCIFS_AGENT_LIMIT": str(int(limit) + 5),
-            }
-        ),
-        cwd=ROOT,
-    )
+    told = os.memfd_create("arguments")  # they may be longer than a command line or an environment can be
+    try:
+        os.write(told, json.dumps([_plain(one) for one in arguments]).encode())
+        return subprocess.Popen(
+            [*PYTHON, "-m", "tests.support.agent", function],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            env=environment({"OCIFS_AGENT_ARGUMENTS": str(told), "OCIFS_AGENT_LIMIT": str(int(limit) + 5)}),
+            pass_fds=[told],
+            cwd=ROOT,
+        )
+    finally:
+        os.close(told)
 
 
 def answer(process: subprocess.Popen[str], *, limit: float = LIMIT) -> Any:
