@@ -189,11 +189,12 @@ def void(_: object) -> None:
 
 
 class Found(NamedTuple):
-    """A regular file: path, size, and whether it has holes."""
+    """A regular file: path, size, whether it has holes, whether it has other names (which ratarmount fails to read)."""
 
     path: bytes
     size: int
     sparse: bool
+    linked: bool = False
 
 
 def walk(tree: Path) -> tuple[int, list[Found]]:
@@ -207,20 +208,20 @@ def walk(tree: Path) -> tuple[int, list[Found]]:
             status = os.lstat(path)
             if stat.S_ISREG(status.st_mode):
                 sparse = status.st_blocks * 512 < status.st_size
-                files.append(Found(os.path.relpath(path, root), status.st_size, sparse))
+                files.append(Found(os.path.relpath(path, root), status.st_size, sparse, status.st_nlink > 1))
     return entries, sorted(files)
 
 
 def choose(entries: int, files: list[Found], reads: int) -> Contents:
     """Choose what is read: the same for the same tree, in every run."""
-    whole = [file for file in files if not file.sparse]
+    whole = [file for file in files if not file.sparse and not file.linked]
     big = [file for file in whole if file.size >= RANDOM_FROM]
     dice = random.Random(4096)  # noqa: S311 (the same places every time are the point)
     picked = dice.choices(big, weights=[file.size for file in big], k=reads)
     return Contents(
         entries=entries,
         small=[file.path for file in whole if 0 < file.size <= SMALL][:SMALL_FILES],
-        files=[file.path for file in files],
+        files=[file.path for file in whole],
         large=max(whole, key=lambda file: (file.size, file.path)).path,
         random=[Place(file.path, dice.randrange(file.size // 4096) * 4096) for file in picked],
     )

@@ -299,7 +299,7 @@ def served(place: Path, *words: Word, limit: float = 120) -> Iterator[int]:
             raise
         finally:
             unmount(place)
-            if not _ended([process], 10):
+            if process.returncode is None and not _ended([process], 10):
                 _end(process)
 
 

@@ -17,11 +17,15 @@ FORMAT = 1
 
 
 class Contender(NamedTuple):
-    """Somebody who takes part: the name in options and JSON, the title of the column, who it is."""
+    """Somebody who takes part: the name in options and JSON, the title, who it is.
+
+    Those who take part in few workloads share the last column.
+    """
 
     key: str
     title: str
     about: str
+    column: bool = True
 
 
 CONTENDERS = (
@@ -32,12 +36,12 @@ CONTENDERS = (
     Contender("fuse-overlayfs", "fuse-overlayfs", "fuse-overlayfs over the unpacked layers"),
     Contender("squashfuse", "squashfuse_ll", "squashfuse_ll on the same squashfs"),
     Contender("ratarmount", "ratarmount", "ratarmount's union of the gzip-compressed layers, indexed"),
-    Contender("archivemount", "archivemount", "archivemount on one tar.gz of the merged tree"),
-    Contender("umoci", "umoci unpack", "umoci unpack of the gzip-compressed image"),
-    Contender("rapidgzip", "rapidgzip", "rapidgzip -P 2 -dc of the same layers, to nowhere"),
-    Contender("zlib", "zlib", "zlib (Python's) decompressing the same layers, to nowhere, one thread"),
-    Contender("igzip", "igzip", "igzip -dc of the same layers, to nowhere"),
-    Contender("tmpfs", "tmpfs", "the same files on tmpfs: what the reader itself costs"),
+    Contender("archivemount", "archivemount", "archivemount on one tar.gz of the merged tree", column=False),
+    Contender("umoci", "umoci unpack", "umoci unpack of the gzip-compressed image", column=False),
+    Contender("rapidgzip", "rapidgzip", "rapidgzip -P 2 -dc of the same layers, to nowhere", column=False),
+    Contender("zlib", "zlib", "zlib (Python's) decompressing the same layers, to nowhere, one thread", column=False),
+    Contender("igzip", "igzip", "igzip -dc of the same layers, to nowhere", column=False),
+    Contender("tmpfs", "tmpfs", "the same files on tmpfs: what the reader itself costs", column=False),
 )
 TITLES = {contender.key: contender.title for contender in CONTENDERS}
 
@@ -240,27 +244,32 @@ def limit_words(aim: Aim) -> str:
 
 
 class Table(NamedTuple):
-    """A table as cells, the first line its heading; the first `left` columns hold words, the others figures."""
+    """A table as cells, the first line its heading; the columns numbered in `words` hold words, the others figures."""
 
     lines: list[list[str]]
-    left: int
+    words: frozenset[int]
 
 
 def figures_table(book: Book, marks: dict[str, int]) -> Table:
     """Medians by row and contender. `marks` gets each note's number, in order of appearance."""
-    contenders = book.contenders()
-    lines = [["", *(contender.title for contender in contenders)]]
+    contenders = [contender for contender in book.contenders() if contender.column]
+    others = [contender for contender in book.contenders() if not contender.column]
+
+    def cell(row: Row, contender: Contender) -> str:
+        value = book.median(row.key, contender.key)
+        note = book.notes.get((row.key, contender.key))
+        text = figure(value, row.unit) if value is not None else "—" if note else ""
+        return f"{text} [{marks.setdefault(note, len(marks) + 1)}]" if note else text
+
+    lines = [["", *(contender.title for contender in contenders), *(["others"] if others else [])]]
     for row in book.rows():
-        cells = []
-        for contender in contenders:
-            value = book.median(row.key, contender.key)
-            note = book.notes.get((row.key, contender.key))
-            text = figure(value, row.unit) if value is not None else "—" if note else ""
-            if note:
-                text += f" [{marks.setdefault(note, len(marks) + 1)}]"
-            cells.append(text)
-        lines.append([row.title, *cells])
-    return Table(lines, 1)
+        line = [row.title, *(cell(row, contender) for contender in contenders)]
+        if others:
+            rest = ((contender.title, cell(row, contender)) for contender in others)
+            line.append("; ".join(f"{title}: {text}" for title, text in rest if text))
+        lines.append(line)
+    words = {0, len(contenders) + 1} if others else {0}
+    return Table(lines, frozenset(words))
 
 
 def aims_table(book: Book, aims: Sequence[Aim] = AIMS) -> Table:
@@ -272,23 +281,19 @@ def aims_table(book: Book, aims: Sequence[Aim] = AIMS) -> Table:
         what, against = aim_words(verdict.aim)
         value = f"{verdict.value:.2f}" if verdict.aim.is_ratio else figure(verdict.value, ROW[verdict.aim.row].unit)
         lines.append([what, against, value, limit_words(verdict.aim), "reached" if verdict.reached else "missed"])
-    return Table(lines, 2)
+    return Table(lines, frozenset({0, 1}))
 
 
 # -- forms ---------------------------------------------------------------------------------------------------------
 
 
-def _width(text: str) -> int:
-    return len(text)  # no double-width characters in our words
-
-
 def text_table(table: Table) -> str:
     """A table for a terminal."""
-    widths = [max(map(_width, column)) for column in zip(*table.lines, strict=True)]
+    widths = [max(map(len, column)) for column in zip(*table.lines, strict=True)]
     out = []
     for number, line in enumerate(table.lines):
         cells = [
-            cell.ljust(width) if column < table.left else cell.rjust(width)
+            cell.ljust(width) if column in table.words else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(line, widths, strict=True))
         ]
         out.append("  ".join(cells).rstrip())
@@ -300,7 +305,7 @@ def text_table(table: Table) -> str:
 def markdown_table(table: Table) -> str:
     """A table for a README."""
     head, *lines = table.lines
-    rule = ["---" if column < table.left else "---:" for column in range(len(head))]
+    rule = ["---" if column in table.words else "---:" for column in range(len(head))]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in (head, rule, *lines))
 
 

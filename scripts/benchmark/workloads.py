@@ -41,6 +41,8 @@ TOLERANCE = 0.001
 """The part by which two tars of one tree may differ in size: padding, and which of several hard links comes first."""
 SLOW = 40.0
 """Seconds a slow contender may take for what the others do in one or two."""
+UMOCI_ROUNDS = 2
+"""It takes as long as all the others together, and is ten times slower than what it is compared with."""
 IMPORT = ("python3", "-c", "import numpy; print(numpy.__version__)")
 
 
@@ -62,8 +64,8 @@ class Effort(NamedTuple):
     """When to stop beginning things (time.monotonic())."""
     wide: bool
     """Whether images of a million entries take part."""
-    slow: bool
-    """Whether slow contenders take part."""
+    thorough: bool
+    """Whether slow contenders take part, and everything is done both cold and warm."""
 
 
 class Setting(NamedTuple):
@@ -109,6 +111,8 @@ class Turn(NamedTuple):
     act: Callable[[], None]
     rows: tuple[str, ...]
     lacking: str = ""
+    most: int = 1000
+    """Rounds after which enough is known of it."""
 
 
 def rounds(setting: Setting, name: str, turns: Sequence[Turn], *, most: int = 1000) -> None:
@@ -125,6 +129,8 @@ def rounds(setting: Setting, name: str, turns: Sequence[Turn], *, most: int = 10
     for number in range(min(effort.rounds, most)):
         start = number % len(playing) if playing else 0
         for turn in [*playing[start:], *playing[:start]]:
+            if number >= turn.most:
+                continue
             if time.monotonic() > effort.until:
                 _excuse(book, turn, "the time given was over")
                 continue
@@ -221,7 +227,7 @@ def find(setting: Setting) -> None:
         _grumble(setting, "find", mounter, ran.complaint)
         yield "find", ran.seconds
 
-    on_mounts(setting, "find", ("find",), task, ("find", "--version"), slow=setting.effort.slow)
+    on_mounts(setting, "find", ("find",), task, ("find", "--version"), slow=setting.effort.thorough)
 
 
 def tar(setting: Setting) -> None:
@@ -397,7 +403,7 @@ def first(setting: Setting) -> None:
     }
 
     def act(contender: str, measure: Callable[[], float]) -> None:
-        for state in STATES:
+        for state in STATES if setting.effort.thorough else ("cold",):
             forget_caches()
             if state == "warm":
                 run("cat", *layout.blobs, keep=False)
@@ -405,7 +411,13 @@ def first(setting: Setting) -> None:
             setting.book.add(f"first.{state}", contender, measure())
 
     turns = [
-        Turn(key, lambda key=key, measure=measure: act(key, measure), _states("first"), lacking)  # type: ignore[misc]
+        Turn(
+            key,
+            lambda key=key, measure=measure: act(key, measure),  # type: ignore[misc]
+            _states("first") if setting.effort.thorough else ("first.cold",),
+            lacking,
+            UMOCI_ROUNDS if key == "umoci" else 1000,
+        )
         for key, (measure, lacking) in measures.items()
     ]
     rounds(setting, "first", turns)
@@ -564,7 +576,7 @@ def runc(setting: Setting) -> None:
         for mounter in setting.mounters
         if not mounter.slow
     ]
-    turns.append(Turn("umoci", umoci, ("runc.new",), lacking or tools.missing.get("umoci", "")))
+    turns.append(Turn("umoci", umoci, ("runc.new",), lacking or tools.missing.get("umoci", ""), UMOCI_ROUNDS))
     rounds(setting, "runc", turns)
 
 
