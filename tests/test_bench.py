@@ -140,7 +140,7 @@ def test_the_text_has_facts_figures_aims_and_notes() -> None:
         "date:        2026-01-02\n"
         "\n"
         "                                       ocifs erofs  overlayfs  others\n"
-        "─────────────────────────────────────  ───────────  ─────────  ─────────────────────────────────────\n"
+        "─────────────────────────────────────  ───────────  ─────────  ────────────────────────────────────\n"
         "`find -ls` of the tree, cold                0.25 s      0.5 s  archivemount: — [1]; tmpfs: 0.0123 s\n"
         "CPU used by an idle mount in a minute         0 ms\n"
         "\n"
