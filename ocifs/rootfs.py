@@ -26,7 +26,7 @@ SYMLINK_LIMIT = 40
 
 
 class NotReadableError(DamagedError):
-    """An entry that has no data to give: its hard link's target is missing (rule H6 under examination)."""
+    """An entry that has no data to give: shown under examination where rules D6, H6 and L2 refuse."""
 
 
 class SymlinkLoopError(OcifsError):
@@ -114,7 +114,9 @@ class RootFS:
     def check_readable(self, ino: int) -> None:
         """Raise `NotReadableError` if the inode's data is known to be missing, so that open(2) fails already."""
         if self.tree.unreadable(ino):
-            message = "this name is a hard link to a file that no layer holds (rule H6)"
+            message = (
+                "no layer holds the data of this file: its layer breaks off (D6), or it is a link to nothing (H6, L2)"
+            )
             raise NotReadableError(message)
 
     async def read(self, ino: int, offset: int, size: int) -> bytes | memoryview:

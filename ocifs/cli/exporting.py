@@ -64,7 +64,7 @@ def write_archive(view: RootFS, write: Write) -> int:
     for path, found in _preorder(view):
         ino, is_file = found.ino, found.kind is Kind.FILE
         if is_file and view.tree.unreadable(ino):
-            output.complain(f"left out {output.decode(path)}: a hard link to a file that no layer holds (rule H6)")
+            output.complain(f"left out {output.decode(path)}: no layer holds its data (rules D6, H6 and L2)")
             left_out += 1
             continue
         hard_link = None

@@ -394,7 +394,7 @@ def _print_stat(image: Image, view: RootFS, path: bytes, ino: int, *, terminal: 
 
 def _data_text(view: RootFS, found: Inode) -> str:
     if view.tree.unreadable(found.ino):
-        return "missing: a hard link to a file that no layer holds (rule H6)"
+        return "missing: no layer holds it (rules D6, H6 and L2)"
     try:
         data = first_data(view, found.ino, found.size)
     except DamagedError as error:

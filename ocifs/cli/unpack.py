@@ -172,7 +172,7 @@ class Unpacker:
                 os.link(key, name, src_dir_fd=self._links, dst_dir_fd=directory, follow_symlinks=False)
             return True
         if found.kind is Kind.FILE and self._view.tree.unreadable(found.ino):
-            self._leave_out("it is a hard link to a file that no layer holds (rule H6)")
+            self._leave_out("no layer holds its data (rules D6, H6 and L2)")
             self.damaged += 1
             return False
         if found.kind is Kind.FILE:

@@ -142,6 +142,7 @@ class Upper:
             self._warn(layer.damage.rule, b"", layer.damage.message)
         number_of_layer = self.layer
         directories = self._directories
+        node = self.root
         for number, entry in enumerate(layer.entries):
             path = entry.path
             head, _, name = (path[:-1] if path[-1:] == b"/" else path).rpartition(b"/")
@@ -187,6 +188,11 @@ class Upper:
                 self._replace(parent, name, node, path)
             else:
                 siblings[name] = node
+        if layer.damage is not None and node.extents:
+            # Where a layer breaks off, the data of its last file may be missing: then reading it is an error.
+            last = node.extents[-1]
+            if last.layer_offset + last.size > layer.damage.layer_offset:
+                node.extents, node.unreadable = (), True
 
     def _locate(self, entry: Entry, number: int) -> tuple[Node, bytes] | None:  # noqa: PLR0911
         """Find where an entry goes, for every path that is not plain; None: nowhere, or it was a marker."""
