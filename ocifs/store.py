@@ -354,7 +354,11 @@ class Store:
             if file is None:  # evicted between the two lines above: 'ocifs cache clear' was quick
                 message = f"the cache entry {self.path / kind.value / key} vanished while it was being made; try again"
                 raise MachineError(message)
-            return load(file)
+            try:
+                return load(file)
+            except BaseException:
+                file.close()
+                raise
 
     def _try_load(self, kind: Kind, key: str, load: Callable[[StoredFile], Loaded]) -> Loaded | None:
         file = self.open_entry(kind, key)
