@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from ocifs.layer_index import LayerIndex
     from ocifs.sources import Blob, LayerBlob
-    from ocifs.spec import Digest
+    from ocifs.spec import DiffID, Digest
     from ocifs.store import BuildLock, Store, StoredFile
 
 _log = logging.getLogger(__name__)
@@ -94,9 +94,7 @@ class OpenLayer:
 def layer_key(blob: LayerBlob, stored: Blob) -> str:
     """Under what a layer's index is kept: the blob's digest, else what a docker-archive says of it (module docstring)."""
     if blob.digest is not None:
-        # An index holds one diff ID, which can be compared only with one of the same algorithm.
-        other = blob.diff_id is not None and blob.diff_id.algorithm != "sha256"
-        return digest_key(blob.digest) + (f"-{blob.diff_id.algorithm}" if other and blob.diff_id else "")
+        return digest_key(blob.digest, blob.diff_id)
     kind = compression.detect(stored.read_at(0, compression.HEAD_SIZE))
     diff_id = blob.diff_id
     if diff_id is None:
@@ -105,9 +103,10 @@ def layer_key(blob: LayerBlob, stored: Blob) -> str:
     return f"diffid-{diff_id.algorithm}-{diff_id.hex}-{kind.value}-{stored.size}"
 
 
-def digest_key(digest: Digest) -> str:
-    """Give the key of what belongs to a blob."""
-    return f"{digest.algorithm}-{digest.hex}"
+def digest_key(digest: Digest, diff_id: DiffID | None = None) -> str:
+    """Give the key of the index of a blob. An index holds one diff ID, which only one by the same algorithm equals."""
+    other = f"-{diff_id.algorithm}" if diff_id is not None and diff_id.algorithm != "sha256" else ""
+    return f"{digest.algorithm}-{digest.hex}{other}"
 
 
 def closing(wanted: Wanted) -> Callable[..., None]:
@@ -222,7 +221,7 @@ class _Job:
         """Put what was built into the store. An index of other bytes than expected goes under their actual digest."""
         built = self.build.result()
         if built.mismatches or (self.wanted.blob.digest is None and self.wanted.blob.diff_id is None):
-            self.wanted.key = digest_key(built.digest)
+            self.wanted.key = digest_key(built.digest, built.diff_id)
             remember(self._store, self.wanted.stored, self.wanted.key)
         if built.reframed:
             self._copy_file.publish(self.wanted.key)
@@ -255,7 +254,7 @@ class Indexing:
             if known is not None:
                 key = known
             elif self._tolerant and blob.digest is None and blob.diff_id is None:
-                key = f"unnamed-{file_identity(stored)}"
+                key = f"unnamed-{file_identity(stored) or hashlib.sha256(stored.name.encode()).hexdigest()}"
             else:
                 key = layer_key(blob, stored)
         except BaseException:
@@ -267,22 +266,25 @@ class Indexing:
     def finish(self) -> None:
         """Load or build every index wanted."""
         while missing := [one for one in self.wanted if one.index is None and not one.load(self._store)]:
-            mine: list[tuple[Wanted, BuildLock]] = []
-            for one in missing:
-                lock = self._store.try_lock(Kind.LAYER, one.key)
-                if lock is None:
+            with ExitStack() as locks:
+                mine: list[tuple[Wanted, BuildLock]] = []
+                for one in missing:
+                    lock = self._store.try_lock(Kind.LAYER, one.key)
+                    if lock is None:
+                        continue
+                    locks.enter_context(lock)
+                    if one.load(self._store):  # another process finished it just before we got the lock
+                        lock.release()
+                    else:
+                        mine.append((one, lock))
+                if mine:
+                    self._build(mine)
                     continue
-                if one.load(self._store):  # another process finished it just before we got the lock
-                    lock.release()
-                else:
-                    mine.append((one, lock))
-            if mine:
-                self._build(mine)
-                continue
-            theirs = missing[0]
-            self._progress.waiting(f"layer {theirs.blob.number}")
-            with self._store.lock(Kind.LAYER, theirs.key):
-                pass  # whoever had it is done; look again
+            theirs = next((one for one in missing if one.index is None), None)
+            if theirs is not None:
+                self._progress.waiting(f"layer {theirs.blob.number}")
+                with self._store.lock(Kind.LAYER, theirs.key):
+                    pass  # whoever had it is done; look again
 
     def _build(self, mine: list[tuple[Wanted, BuildLock]]) -> None:
         """Build as many at once as there are CPUs, the largest first: it is what the others can hide behind.
@@ -302,13 +304,16 @@ class Indexing:
                 self._step(running)
         finally:
             for job in running:
-                job.close()
-            for _, lock in queue:
-                lock.release()
+                self._end(job)
 
     def _start(self, wanted: Wanted, lock: BuildLock, threads: int) -> _Job:
+        job = _Job(wanted, lock, self._store, tolerant=self._tolerant, archive=False, threads=threads)
         self._progress.begin(wanted.blob.number, wanted.stored.name, wanted.stored.size)
-        return _Job(wanted, lock, self._store, tolerant=self._tolerant, archive=False, threads=threads)
+        return job
+
+    def _end(self, job: _Job) -> None:
+        job.close()
+        self._progress.end(job.wanted.blob.number)
 
     def _step(self, running: list[_Job]) -> None:
         """Wait until one of the builds has news, and take them in."""
@@ -323,8 +328,7 @@ class Indexing:
             if over:
                 job.publish()
                 running.remove(job)
-                job.close()
-                self._progress.end(job.wanted.blob.number)
+                self._end(job)
 
 
 # -- files known by identity ---------------------------------------------------------------------------------------
@@ -336,11 +340,15 @@ class _Remembered(msgspec.Struct, frozen=True):
     key: str
 
 
-def file_identity(stored: Blob) -> str:
-    """A key for a file as it is now, without reading it: device, inode, size, mtime and ctime, and where in it we are."""
+def file_identity(stored: Blob) -> str | None:
+    """A key for a file as it is now, without reading it: device, inode, size, mtime and ctime, and where in it we are.
+
+    None for bytes that lie in no file: a name and a size do not tell the member of one compressed archive from that of
+    the next at the same path.
+    """
     place = stored.file_range()
     if place is None:
-        return hashlib.sha256(f"{stored.name} {stored.size}".encode()).hexdigest()
+        return None
     fd, offset, size = place
     status = os.fstat(fd)
     what = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns, offset, size)
@@ -349,7 +357,8 @@ def file_identity(stored: Blob) -> str:
 
 def remembered(store: Store, stored: Blob) -> str | None:
     """Give the key under which this very file was indexed before, if it was."""
-    file = store.open_entry(Kind.ARCHIVE, file_identity(stored))
+    identity = file_identity(stored)
+    file = store.open_entry(Kind.ARCHIVE, identity) if identity is not None else None
     if file is None:
         return None
     with file:
@@ -361,6 +370,9 @@ def remembered(store: Store, stored: Blob) -> str | None:
 
 def remember(store: Store, stored: Blob, key: str) -> None:
     """Note the key under which this file, as it is now, was indexed."""
+    identity = file_identity(stored)
+    if identity is None:
+        return
     with store.new(Kind.ARCHIVE) as new:
         new.file.write(msgspec.json.encode(_Remembered(key)))
-        new.publish(file_identity(stored))
+        new.publish(identity)

@@ -40,7 +40,6 @@ class _DecodedArchive:
         self._lock = threading.Lock()
         self._spans: OrderedDict[int, bytes] = OrderedDict()
         self._kept = 0
-        self._users = 1
 
     def read_at(self, offset: int, size: int, /) -> bytes:
         """Give ``size`` bytes at ``offset`` of the uncompressed tar."""
