@@ -25,8 +25,9 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 class _Failed(msgspec.Struct):
     kind: str
-    """Name of the `OcifsError` class; empty for a bug, whose traceback is then the message."""
-    message: str
+    """Name of the class in `ocifs.errors`; empty for a bug, whose traceback is then the message."""
+    message: bytes
+    """Not text: a message may name a path with bytes that no text has."""
 
 
 def run_forked(work: Callable[[], None], doing: str) -> None:
@@ -61,11 +62,12 @@ def run_forked(work: Callable[[], None], doing: str) -> None:
         return
     if told:
         failed = msgspec.msgpack.decode(told, type=_Failed)
+        said = os.fsdecode(failed.message)
         if not failed.kind:
-            message = f"the process that {doing} failed:\n{failed.message}"
+            message = f"the process that {doing} failed:\n{said}"
             raise RuntimeError(message)
-        error_class: type[OcifsError] = getattr(errors, failed.kind, MachineError)
-        raise error_class(failed.message)
+        error_class: type[OcifsError] = getattr(errors, failed.kind)
+        raise error_class(said)
     if os.WIFSIGNALED(how):
         number = os.WTERMSIG(how)
         how_named = f"signal {number} ({signal.strsignal(number)})"
@@ -79,13 +81,22 @@ def _work(work: Callable[[], None], pipe: int) -> int:
     try:
         work()
     except OcifsError as error:
-        failed = _Failed(type(error).__name__, str(error))
+        # A room's own class comes out as the general one it stands for: same exit status, same errno.
+        kind = next(base.__name__ for base in type(error).__mro__ if getattr(errors, base.__name__, None) is base)
+        failed = _Failed(kind, _encoded(str(error)))
     except MemoryError:
-        failed = _Failed("MachineError", "there is not enough memory")
+        failed = _Failed("MachineError", b"there is not enough memory")
     except BaseException:  # noqa: BLE001 (a bug, or a signal's exception: the parent gets to see it)
-        failed = _Failed("", traceback.format_exc())
+        failed = _Failed("", _encoded(traceback.format_exc()))
     else:
         return 0
     with os.fdopen(pipe, "wb") as told:
         told.write(msgspec.msgpack.encode(failed))
     return 1
+
+
+def _encoded(text: str) -> bytes:
+    try:
+        return os.fsencode(text)
+    except UnicodeEncodeError:
+        return text.encode(errors="backslashreplace")
