@@ -325,6 +325,15 @@ def mounter(superset: str = "") -> contenders.Mounter:
     return contenders.Mounter("ratarmount", lambda _: None, superset=superset)  # type: ignore[arg-type, return-value]
 
 
+def test_slow_contenders_sit_out_where_there_is_little_time() -> None:
+    one = mounter()._replace(slow_in=frozenset({"tar"}))
+    assert [one.sits_out(name, thorough=False) for name in ("tar", "find")] == [True, False]
+    assert not one.sits_out("tar", thorough=True)
+    few = mounter()._replace(only_in=frozenset({"find"}))
+    assert [few.sits_out(name, thorough=True) for name in ("tar", "find")] == [True, False]
+    assert few.sits_out("find", thorough=False)
+
+
 def test_who_delivers_less_or_more_than_there_is_has_no_figure() -> None:
     workloads.compare("names", 10, 10, mounter())
     workloads.compare("bytes", 999.5, 1000, mounter(), tolerance=0.001)
@@ -423,6 +432,15 @@ def test_bytes_through_a_pipe_are_counted() -> None:
     assert processes.piped("head", "-c", "3000000", "/dev/zero").size == 3_000_000
     with pytest.raises(processes.FailedError, match="status 2"):
         processes.piped("sh", "-c", "exit 2")
+
+
+def test_what_a_process_used_is_told_between_two_moments() -> None:
+    before = processes.used(os.getpid())
+    sum(range(200_000))
+    cpu, switches = processes.used(os.getpid()).since(before)
+    assert cpu > 0
+    assert switches >= 0
+    assert processes.Used(5.0, {"7": 4, "9": 3}).since(processes.Used(3.0, {"7": 1, "8": 100})) == (2.0, 6)
 
 
 def test_several_commands_run_so_many_at_a_time(tmp_path: Path) -> None:

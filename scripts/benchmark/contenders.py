@@ -35,8 +35,16 @@ class Mounter(NamedTuple):
     """Why it cannot take part; nothing if it can."""
     superset: str = ""
     """Why it shows more than the image holds; nothing if it shows the same."""
-    slow: bool = False
-    """Whether it takes part only in what it can do in a reasonable time."""
+    only_in: frozenset[str] = frozenset()
+    """The only workloads it takes part in; all if empty."""
+    slow_in: frozenset[str] = frozenset()
+    """Workloads that it sits out when there is little time."""
+
+    def sits_out(self, workload: str, *, thorough: bool) -> bool:
+        """Whether it does not take part, for reasons of time."""
+        if self.only_in and (workload not in self.only_in or not thorough):
+            return True
+        return workload in self.slow_in and not thorough
 
 
 def use_private_runtime() -> None:
@@ -163,11 +171,12 @@ def mounters(tools: Tools, images: Images, work: Path) -> list[Mounter]:
             lambda place: served(place, *ratarmount_words(tools, images, indexes, place), limit=300),
             lacking("ratarmount"),
             superset="it shows what upper layers deleted, and the deletion marks: it does not apply whiteouts",
+            slow_in=frozenset({"small", "readers", "runc", "large"}),
         ),
         Mounter(
             "archivemount",
             lambda place: served(place, "archivemount", "-f", "-o", "readonly", images.archive, place, limit=120),
             lacking("archivemount"),
-            slow=True,
+            only_in=frozenset({"find"}),
         ),
     ]

@@ -27,6 +27,7 @@ Word = str | Path
 CLONE_NEWNS, CLONE_NEWPID = 0x00020000, 0x20000000  # include/uapi/linux/sched.h
 MS_REC, MS_PRIVATE = 0x4000, 0x40000  # include/uapi/linux/mount.h
 MNT_DETACH = 2  # the same
+CPUCLOCK_SCHED = 2  # include/linux/posix-timers.h
 PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
 
 
@@ -116,7 +117,9 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 def _say_why(words: Sequence[Word], process: subprocess.Popen[bytes], complaints: IO[bytes]) -> FailedError:
     complaints.seek(0)
     said = complaints.read().decode(errors="replace").strip().splitlines()
-    last = f": {said[-1].strip()[:200]}" if said else ""
+    # GNU tar's last words are that there were others.
+    telling = [line.strip() for line in said if "previous errors" not in line]
+    last = f": {telling[-1][:200]}" if telling else ""
     return FailedError(f"{Path(words[0]).name} ended with status {process.returncode}{last}")
 
 
@@ -320,29 +323,26 @@ def anonymous_memory(pid: int) -> float:
     raise FailedError(f"process {pid} has gone")
 
 
-def _cpu(task: Path) -> float:
-    """CPU time of a thread in milliseconds."""
-    with contextlib.suppress(FileNotFoundError):  # a kernel that keeps no such figures
-        return int((task / "schedstat").read_text(encoding="ascii").split()[0]) / 1e6
-    # utime and stime, the 14th and 15th field (proc_pid_stat(5)); the name before them may hold anything but ends in ")".
-    fields = (task / "stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) * 1000 / os.sysconf("SC_CLK_TCK")
-
-
 class Used(NamedTuple):
-    """What a process has used so far: CPU in milliseconds, and how often one of its threads went to sleep."""
+    """What a process has used so far: CPU in milliseconds, and by thread, how often it went to sleep."""
 
     cpu: float
-    switches: int
+    switches: dict[str, int]
+
+    def since(self, before: Used) -> tuple[float, int]:
+        """CPU milliseconds and voluntary context switches between two moments; threads that ended are left out."""
+        woken = sum(count - before.switches.get(thread, 0) for thread, count in self.switches.items())
+        return self.cpu - before.cpu, woken
 
 
 def used(pid: int) -> Used:
-    """CPU time of all threads, in nanoseconds' steps where the kernel counts so, and their voluntary context switches."""
-    cpu, switches = 0.0, 0
+    """CPU time of a process, ended threads included, and the voluntary context switches of its threads."""
+    switches = {}
     for task in Path(f"/proc/{pid}/task").iterdir():
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            cpu += _cpu(task)
             for line in (task / "status").read_text(encoding="ascii", errors="replace").splitlines():
                 if line.startswith("voluntary_ctxt_switches:"):
-                    switches += int(line.split()[1])
-    return Used(cpu, switches)
+                    switches[task.name] = int(line.split()[1])
+    # The clock of another process's CPU time (clock_getcpuclockid(3)): nanoseconds, where /proc has hundredths of a second.
+    clock = ~pid << 3 | CPUCLOCK_SCHED
+    return Used(time.clock_gettime_ns(clock) / 1e6, switches)

@@ -169,7 +169,6 @@ def on_mounts(
     warm_up: Sequence[str | Path],
     *,
     memory: bool = True,
-    slow: bool = False,
 ) -> None:
     """Do a task on a mount of each contender, cold and warm, and note the daemon's memory after that."""
     book = setting.book
@@ -188,7 +187,7 @@ def on_mounts(
     turns = [
         Turn(mounter.key, lambda mounter=mounter: act(mounter), _states(*keys), mounter.lacking)  # type: ignore[misc]
         for mounter in setting.mounters
-        if slow or not mounter.slow
+        if not mounter.sits_out(name, thorough=setting.effort.thorough)
     ]
     rounds(setting, name, turns)
     for mounter in setting.mounters:
@@ -221,13 +220,13 @@ def find(setting: Setting) -> None:
     """`find -ls`: every name and every inode's attributes."""
 
     def task(mounter: Mounter, place: Path) -> Samples:
-        limit = min(setting.effort.limit, SLOW) if mounter.slow else setting.effort.limit
+        limit = min(setting.effort.limit, SLOW) if mounter.only_in else setting.effort.limit
         ran = run("find", place, "-ls", limit=limit, forgive=True)
         compare("names", ran.output.count(b"\n"), setting.contents.entries, mounter)
         _grumble(setting, "find", mounter, ran.complaint)
         yield "find", ran.seconds
 
-    on_mounts(setting, "find", ("find",), task, ("find", "--version"), slow=setting.effort.thorough)
+    on_mounts(setting, "find", ("find",), task, ("find", "--version"))
 
 
 def tar(setting: Setting) -> None:
@@ -574,9 +573,11 @@ def runc(setting: Setting) -> None:
             lacking or mounter.lacking,
         )
         for mounter in setting.mounters
-        if not mounter.slow
+        if not mounter.sits_out("runc", thorough=setting.effort.thorough)
     ]
-    turns.append(Turn("umoci", umoci, ("runc.new",), lacking or tools.missing.get("umoci", ""), UMOCI_ROUNDS))
+    if setting.effort.thorough:
+        missing = lacking or tools.missing.get("umoci", "")
+        turns.append(Turn("umoci", umoci, ("runc.new",), missing, UMOCI_ROUNDS))
     rounds(setting, "runc", turns)
 
 
@@ -657,13 +658,13 @@ def idle(setting: Setting) -> None:
     with contextlib.ExitStack() as stack:
         watched: dict[str, int] = {}
         for mounter in setting.mounters:
-            if mounter.lacking or mounter.slow or not setting.wants(mounter.key):
+            if mounter.lacking or mounter.sits_out("idle", thorough=effort.thorough) or not setting.wants(mounter.key):
                 continue
             place = setting.work / f"idle-{mounter.key}"
             place.mkdir(exist_ok=True)
             try:
                 pid = stack.enter_context(mounter.mount(place))
-                run("find", place, "-ls", keep=False, limit=effort.limit)
+                run("find", place, "-ls", keep=False, forgive=True, limit=effort.limit)
                 run("cat", place / FIRST, keep=False)
             except FailedError as error:
                 for row in ("idle.cpu", "idle.switches"):
@@ -678,8 +679,9 @@ def idle(setting: Setting) -> None:
         after = {key: used(pid) for key, pid in watched.items()}
         minutes = (time.monotonic() - began) / 60
     for key in watched:
-        book.add("idle.cpu", key, (after[key].cpu - before[key].cpu) / minutes)
-        book.add("idle.switches", key, (after[key].switches - before[key].switches) / minutes)
+        cpu, switches = after[key].since(before[key])
+        book.add("idle.cpu", key, cpu / minutes)
+        book.add("idle.switches", key, switches / minutes)
     say(f"idle: {', '.join(watched)}, {minutes:.1f} minutes")
 
 
@@ -690,12 +692,12 @@ WORKLOADS: dict[str, Callable[[Setting], None]] = {
     "tar": tar,
     "small": small,
     "random": random,
-    "large": large,
-    "readers": readers,
     "runc": runc,
     "decode": decode,
+    "large": large,
     "size": size,
     "idle": idle,
+    "readers": readers,
     "scale": scale,
 }
 """In the order in which they are run."""
