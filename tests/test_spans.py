@@ -1,0 +1,689 @@
+"""Decoded spans: what the cache keeps, and how a reader finds, waits for, decodes and decodes ahead."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ocifs.errors import DamagedError
+from ocifs.layer_data import LayerData
+from ocifs.layer_index import LayerRange
+from ocifs.spans import DEFAULT_CACHE, SLACK, SpanCache, SpanKey, SpanReader
+
+SECONDS = 60
+"""After which a test that hangs is a failure."""
+
+
+def bytes_of(size: int, layer: int = 1) -> bytes:
+    """Bytes no two pieces of which are alike."""
+    return b"".join(b"%d:%07d " % (layer, number) for number in range(size // 10 + 1))[:size]
+
+
+class FakeSpans:
+    """A span table: where each span begins, and where the last ends."""
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self.offsets = [sum(sizes[:number]) for number in range(len(sizes) + 1)]
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def span_at(self, layer_offset: int) -> int:
+        assert 0 <= layer_offset < self.offsets[-1]
+        return max(number for number, offset in enumerate(self.offsets[:-1]) if offset <= layer_offset)
+
+    def layer_range(self, number: int) -> LayerRange:
+        return LayerRange(self.offsets[number], self.offsets[number + 1] - self.offsets[number])
+
+
+class FakeIndex:
+    """An index whose spans are pieces of ``data``; decoding can be made to wait or fail, and is recorded."""
+
+    def __init__(self, data: bytes, sizes: Sequence[int]) -> None:
+        assert sum(sizes) == len(data)
+        self.data = data
+        self.layer_size = len(data)
+        self.spans = FakeSpans(sizes)
+        self.decoded: list[tuple[int, int | None]] = []
+        self.failures: dict[int, list[Exception]] = {}
+        self.running = self.most = 0
+        self.short: set[int] = set()
+        self._lock = threading.Lock()
+        self.held: dict[int, threading.Event] = {}
+        self.started = threading.Semaphore(0)
+
+    def decode(self, number: int, _read_at: object, need: int | None = None) -> bytes:
+        with self._lock:
+            self.decoded.append((number, need))
+            self.running += 1
+            self.most = max(self.most, self.running)
+        self.started.release()
+        try:
+            if number in self.held:
+                assert self.held[number].wait(SECONDS)
+            if self.failures.get(number):
+                raise self.failures[number].pop(0)
+            offset, size = self.spans.layer_range(number)
+            stop = offset + (size if need is None else min(size, need))
+            return self.data[offset : stop - (number in self.short)]
+        finally:
+            with self._lock:
+                self.running -= 1
+
+    async def until_started(self, count: int = 1) -> None:
+        for _ in range(count):
+            assert await trio.to_thread.run_sync(self.started.acquire, True, SECONDS)
+
+
+class NoBytes:
+    name = "nothing"
+
+    def read_at(self, offset: int, size: int, /) -> bytes:
+        raise AssertionError
+
+    def close(self) -> None:
+        pass
+
+
+def layer(*sizes: int, number: int = 1) -> tuple[FakeIndex, LayerData]:
+    index = FakeIndex(bytes_of(sum(sizes), number), sizes)
+    return index, LayerData(number, index, NoBytes())  # type: ignore[arg-type]
+
+
+def joined(parts: list[memoryview]) -> bytes:
+    return b"".join(parts)
+
+
+def run(test: Callable[[], Awaitable[None]]) -> None:
+    async def bounded() -> None:
+        with trio.fail_after(SECONDS):
+            await test()
+            await trio.testing.wait_all_tasks_blocked()
+
+    trio.run(bounded)
+
+
+@contextmanager
+def no_warnings_logged(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    with caplog.at_level(logging.DEBUG):
+        yield
+    assert [record for record in caplog.records if record.levelno > logging.DEBUG] == []
+
+
+# -- the cache -------------------------------------------------------------------------------------------------------
+
+
+def test_the_cache_is_bounded_in_bytes_and_the_least_recently_used_goes_first() -> None:
+    cache = SpanCache(100)
+    a, b, c, d = (SpanKey(1, number) for number in range(4))
+    cache.put(a, bytes(40))
+    cache.put(b, bytes(40))
+    assert cache.size == 80
+    assert cache.get(a) == bytes(40)
+    cache.put(c, bytes(40))  # b goes, since a was used after it
+    assert (a in cache, b in cache, c in cache, cache.size) == (True, False, True, 80)
+    assert a in cache  # asking whether it is there is no use
+    cache.put(d, bytes(60))
+    assert (a in cache, c in cache, d in cache, cache.size) == (False, True, True, 100)
+
+
+def test_one_large_span_may_drive_out_several() -> None:
+    cache = SpanCache(100)
+    for number in range(10):
+        cache.put(SpanKey(1, number), bytes(10))
+    cache.put(SpanKey(2, 0), bytes(95))
+    assert cache.size == 95
+    assert [number for number in range(10) if SpanKey(1, number) in cache] == []
+
+
+def test_a_span_larger_than_the_cache_is_not_kept_and_drives_nothing_out() -> None:
+    cache = SpanCache(100)
+    cache.put(SpanKey(1, 0), bytes(50))
+    cache.put(SpanKey(1, 1), bytes(101))
+    assert (SpanKey(1, 0) in cache, SpanKey(1, 1) in cache, cache.size) == (True, False, 50)
+    cache.put(SpanKey(1, 2), bytes(100))
+    assert (SpanKey(1, 0) in cache, SpanKey(1, 2) in cache, cache.size) == (False, True, 100)
+
+
+def test_of_two_beginnings_of_a_span_the_longer_stays() -> None:
+    cache = SpanCache(100)
+    key = SpanKey(1, 0)
+    cache.put(key, b"begin")
+    cache.put(key, b"beginning")
+    assert (cache.get(key), cache.size) == (b"beginning", 9)
+    cache.put(key, b"beg")
+    assert (cache.get(key), cache.size) == (b"beginning", 9)
+
+
+def test_spans_of_different_layers_are_different() -> None:
+    cache = SpanCache()
+    cache.put(SpanKey(1, 0), b"one")
+    cache.put(SpanKey(2, 0), b"two")
+    assert (cache.get(SpanKey(1, 0)), cache.get(SpanKey(2, 0)), cache.get(SpanKey(2, 1))) == (b"one", b"two", None)
+    assert cache.limit == DEFAULT_CACHE == 134_217_728
+
+
+@given(st.lists(st.tuples(st.integers(0, 8), st.integers(0, 60), st.booleans()), max_size=60))
+def test_the_cache_agrees_with_a_list(steps: list[tuple[int, int, bool]]) -> None:
+    """The list holds (span, size), the least recently used first."""
+    cache, model = SpanCache(100), list[tuple[int, int]]()
+    for span, size, reads in steps:
+        old = dict(model).get(span)
+        if reads:
+            found = cache.get(SpanKey(1, span))
+            assert (None if found is None else len(found)) == old
+            if old is not None:
+                model.remove((span, old))
+                model.append((span, old))
+            continue
+        cache.put(SpanKey(1, span), bytes(size))
+        if old is not None and old >= size:
+            continue
+        if old is not None:
+            model.remove((span, old))
+        model.append((span, size))
+        while sum(kept for _, kept in model) > 100:
+            model.pop(0)
+        assert cache.size == sum(kept for _, kept in model)
+        assert all((SpanKey(1, number) in cache) == (number in dict(model)) for number in range(9))
+
+
+# -- what a read gives -----------------------------------------------------------------------------------------------
+
+SIZES = st.lists(st.integers(1, 50), min_size=1, max_size=8)
+READS = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 10**9), st.integers(0, 10**9)), max_size=12)
+
+
+@given(SIZES, SIZES, READS, st.integers(0, 120), st.integers(1, 3), st.booleans())
+def test_any_read_gives_that_slice_of_the_layer(
+    first: list[int], second: list[int], reads: list[tuple[int, int, int]], limit: int, threads: int, together: bool
+) -> None:
+    pairs = [layer(*first, number=1), layer(*second, number=2)]
+    wanted = []
+    for which, offset, size in reads:
+        index = pairs[which][0]
+        start = offset % (index.layer_size + 1)
+        wanted.append((which + 1, start, size % (index.layer_size - start + 1)))
+    expected = [pairs[number - 1][0].data[start : start + size] for number, start, size in wanted]
+    blocking = SpanReader([data for _, data in pairs], SpanCache(limit), threads=threads)
+    assert [joined(blocking.read_blocking(*read)) for read in wanted] == expected
+    reader = SpanReader([data for _, data in pairs], SpanCache(limit), threads=threads)
+    got: list[bytes] = [b""] * len(wanted)
+
+    async def one(number: int) -> None:
+        got[number] = joined(await reader.read(*wanted[number]))
+
+    async def test() -> None:
+        if together:
+            async with trio.open_nursery() as nursery:
+                for number in range(len(wanted)):
+                    nursery.start_soon(one, number)
+        else:
+            for number in range(len(wanted)):
+                await one(number)
+
+    run(test)
+    assert got == expected
+    assert not reader.decoding()
+    assert all(index.most <= threads for index, _ in pairs)
+
+
+@pytest.mark.parametrize(("offset", "size", "beyond"), [(0, 31, 1), (30, 1, 1), (25, 10, 5), (100, 7, 7)])
+def test_reading_beyond_the_layers_end_is_damage(offset: int, size: int, beyond: int) -> None:
+    _, data = layer(10, 10, 10)
+    reader = SpanReader([data])
+    message = f"the image tree points {beyond} bytes beyond the end of layer 1"
+    with pytest.raises(DamagedError) as caught:
+        reader.read_blocking(1, offset, size)
+    assert str(caught.value) == message
+
+    async def test() -> None:
+        with pytest.raises(DamagedError) as caught:
+            await reader.read(1, offset, size)
+        assert str(caught.value) == message
+
+    run(test)
+
+
+def test_a_span_in_the_cache_costs_no_copy_and_no_thread() -> None:
+    index, data = layer(1000, 1000)
+    reader = SpanReader([data])
+
+    async def test() -> None:
+        await reader.read(1, 100, 10)
+        index.decoded.clear()
+        [view] = await reader.read(1, 200, 50)
+        kept = reader.cache.get(SpanKey(1, 0))
+        assert view.obj is kept
+        assert view == index.data[200:250]
+        assert index.decoded == []
+
+    run(test)
+    assert (reader.decoded_spans, reader.decoded_bytes) == (1, 1000)
+
+
+def test_blocking_reads_share_the_cache_and_decode_whole_spans() -> None:
+    index, data = layer(10, 10, 10)
+    reader = SpanReader([data])
+    assert joined(reader.read_blocking(1, 5, 10)) == index.data[5:15]
+    assert joined(reader.read_blocking(1, 0, 20)) == index.data[:20]
+    assert index.decoded == [(0, None), (1, None)]
+    assert (reader.decoded_spans, reader.decoded_bytes) == (2, 20)
+
+
+# -- at most once at a time ------------------------------------------------------------------------------------------
+
+
+def test_readers_of_one_span_wait_for_one_decode() -> None:
+    index, data = layer(1000)
+    index.held[0] = threading.Event()
+    reader = SpanReader([data])
+    got: list[bytes] = []
+
+    async def read(start: int) -> None:
+        got.append(joined(await reader.read(1, start, 10)))
+
+    async def test() -> None:
+        async with trio.open_nursery() as nursery:
+            for start in range(20):
+                nursery.start_soon(read, start)
+            await index.until_started()
+            await trio.testing.wait_all_tasks_blocked()
+            assert reader.decoding()
+            assert got == []
+            index.held[0].set()
+
+    run(test)
+    assert sorted(got) == sorted(index.data[start : start + 10] for start in range(20))
+    assert index.decoded == [(0, None)]
+    assert not reader.decoding()
+
+
+def test_what_is_not_kept_is_given_to_those_who_waited() -> None:
+    """A cache too small for anything: the second reader gets what the first decoded all the same."""
+    index, data = layer(1000)
+    index.held[0] = threading.Event()
+    reader = SpanReader([data], SpanCache(10))
+    got: list[bytes] = []
+
+    async def read() -> None:
+        got.append(joined(await reader.read(1, 0, 1000)))
+
+    async def test() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read)
+            nursery.start_soon(read)
+            await trio.testing.wait_all_tasks_blocked()
+            index.held[0].set()
+
+    run(test)
+    assert got == [index.data] * 2
+    assert len(index.decoded) == 1
+
+
+def test_an_error_is_shared_by_those_who_wait_and_not_remembered() -> None:
+    index, data = layer(1000)
+    index.held[0] = threading.Event()
+    index.failures[0] = [DamagedError("span 0 is bad")]
+    reader = SpanReader([data])
+    told: list[str] = []
+
+    async def read() -> None:
+        with pytest.raises(DamagedError) as caught:
+            await reader.read(1, 0, 10)
+        told.append(str(caught.value))
+
+    async def test() -> None:
+        async with trio.open_nursery() as nursery:
+            for _ in range(5):
+                nursery.start_soon(read)
+            await index.until_started()
+            await trio.testing.wait_all_tasks_blocked()
+            index.held[0].set()
+        assert told == ["span 0 is bad"] * 5
+        assert len(index.decoded) == 1
+        assert joined(await reader.read(1, 0, 10)) == index.data[:10]
+        assert len(index.decoded) == 2
+
+    run(test)
+
+
+def test_what_nobody_foresaw_reaches_one_reader_and_the_others_try_themselves() -> None:
+    index, data = layer(1000)
+    index.held[0] = threading.Event()
+    index.failures[0] = [ZeroDivisionError("a bug")]
+    reader = SpanReader([data])
+    seen: list[object] = []
+
+    async def read() -> None:
+        try:
+            seen.append(joined(await reader.read(1, 0, 10)))
+        except ZeroDivisionError as error:
+            seen.append(str(error))
+
+    async def test() -> None:
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(read)
+            await index.until_started()
+            await trio.testing.wait_all_tasks_blocked()
+            index.held[0].set()
+
+    run(test)
+    assert sorted(seen, key=str) == sorted(["a bug", index.data[:10], index.data[:10]], key=str)
+    assert not reader.decoding()
+
+
+def test_a_first_reader_that_is_cancelled_while_it_waits_for_a_thread_hangs_nobody() -> None:
+    index, data = layer(1000, 1000, 1000)
+    index.held[2] = threading.Event()
+    reader = SpanReader([data], threads=1)
+    got: list[bytes] = []
+
+    async def read(start: int) -> None:
+        got.append(joined(await reader.read(1, start, 10)))
+
+    async def test() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read, 2000)  # has the only thread
+            await index.until_started()
+            with trio.CancelScope() as scope:
+                async with trio.open_nursery() as inner:
+                    inner.start_soon(read, 0)  # is the first to want span 0, and waits for a thread
+                    await trio.testing.wait_all_tasks_blocked()
+                    nursery.start_soon(read, 5)  # waits for the one before
+                    await trio.testing.wait_all_tasks_blocked()
+                    scope.cancel()
+            assert got == []
+            await trio.testing.wait_all_tasks_blocked()
+            index.held[2].set()
+
+    run(test)
+    assert sorted(got) == sorted([index.data[2000:2010], index.data[5:15]])
+    assert [span for span, _ in index.decoded] == [2, 0]
+
+
+def test_a_reader_that_is_cancelled_while_its_span_decodes_leaves_it_to_the_others() -> None:
+    index, data = layer(1000)
+    index.held[0] = threading.Event()
+    reader = SpanReader([data])
+    got: list[bytes] = []
+
+    async def read(start: int) -> None:
+        got.append(joined(await reader.read(1, start, 10)))
+
+    async def test() -> None:
+        async with trio.open_nursery() as nursery:
+            scope = trio.CancelScope()
+
+            async def doomed() -> None:
+                with scope:
+                    await read(0)
+
+            nursery.start_soon(doomed)
+            await index.until_started()
+            nursery.start_soon(read, 5)
+            await trio.testing.wait_all_tasks_blocked()
+            scope.cancel()
+            index.held[0].set()
+
+    run(test)
+    assert index.data[5:15] in got
+    assert len(index.decoded) == 1
+    assert not reader.decoding()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_at_most_so_many_spans_are_decoded_at_a_time(threads: int) -> None:
+    index, data = layer(*[100] * 10)
+    for number in range(10):
+        index.held[number] = threading.Event()
+    reader = SpanReader([data], threads=threads)
+    got: dict[int, bytes] = {}
+
+    async def read(number: int) -> None:
+        got[number] = joined(await reader.read(1, number * 100, 100))
+
+    async def test() -> None:
+        async with trio.open_nursery() as nursery:
+            for number in range(10):
+                nursery.start_soon(read, number)
+            await index.until_started(threads)
+            await trio.testing.wait_all_tasks_blocked()
+            assert index.running == threads
+            for event in index.held.values():
+                event.set()
+
+    run(test)
+    assert index.most == threads
+    assert got == {number: index.data[number * 100 : number * 100 + 100] for number in range(10)}
+
+
+# -- only as far as needed -------------------------------------------------------------------------------------------
+
+LARGE = 4 * SLACK
+
+
+def test_a_cold_span_is_decoded_as_far_as_needed_and_some() -> None:
+    index, data = layer(LARGE, LARGE)
+    reader = SpanReader([data])
+
+    async def test() -> None:
+        assert joined(await reader.read(1, 1000, 500)) == index.data[1000:1500]
+        assert index.decoded == [(0, 1500 + 262_144)]
+        assert joined(await reader.read(1, 1500 + SLACK - 10, 10)) == index.data[1500 + SLACK - 10 : 1500 + SLACK]
+        assert len(index.decoded) == 1, "the slack is there"
+        assert joined(await reader.read(1, 1500 + SLACK - 10, 11)) == index.data[1500 + SLACK - 10 : 1501 + SLACK]
+        assert index.decoded[1:] == [(0, None)], "who wants more gets all of it"
+        assert joined(await reader.read(1, LARGE - 10, 10)) == index.data[LARGE - 10 : LARGE]
+        assert len(index.decoded) == 2
+
+    run(test)
+    assert reader.decoded_bytes == 1500 + SLACK + LARGE
+
+
+def test_a_reader_near_the_end_decodes_the_whole_span() -> None:
+    index, data = layer(LARGE)
+    reader = SpanReader([data])
+
+    async def test() -> None:
+        await reader.read(1, LARGE - SLACK - 10, 10)
+        assert index.decoded == [(0, None)]
+
+    run(test)
+
+
+def test_a_reader_that_needs_more_than_is_being_decoded_waits_and_then_gets_all() -> None:
+    index, data = layer(LARGE)
+    index.held[0] = threading.Event()
+    reader = SpanReader([data])
+    got: list[bytes] = []
+
+    async def read(start: int) -> None:
+        got.append(joined(await reader.read(1, start, 10)))
+
+    async def test() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read, 0)
+            await index.until_started()
+            nursery.start_soon(read, LARGE - 10)
+            await trio.testing.wait_all_tasks_blocked()
+            index.held[0].set()
+
+    run(test)
+    assert got == [index.data[:10], index.data[-10:]]
+    assert index.decoded == [(0, 10 + SLACK), (0, None)]
+
+
+def test_a_decoder_that_gives_too_little_is_damage() -> None:
+    index, data = layer(1000)
+    index.short.add(0)
+    reader = SpanReader([data])
+
+    async def test() -> None:
+        with pytest.raises(DamagedError) as caught:
+            await reader.read(1, 0, 10)
+        assert str(caught.value) == "span 0 of layer 1 decoded to 999 bytes; 1000 were expected"
+
+    run(test)
+    assert reader.cache.size == 0
+
+
+# -- ahead -----------------------------------------------------------------------------------------------------------
+
+
+def spans_decoded(index: FakeIndex) -> list[int]:
+    return sorted(span for span, _ in index.decoded)
+
+
+def test_a_reader_that_runs_forward_finds_the_next_span_decoded() -> None:
+    index, data = layer(*[100] * 6)
+    reader = SpanReader([data])
+
+    async def step(start: int, expected: list[int]) -> None:
+        assert joined(await reader.read(1, start, 10)) == index.data[start : start + 10]
+        while reader.decoding():
+            await trio.sleep(0)
+        await trio.testing.wait_all_tasks_blocked()
+        while reader.decoding():
+            await trio.testing.wait_all_tasks_blocked(0.001)
+        assert spans_decoded(index) == expected
+
+    async def test() -> None:
+        await step(0, [0])
+        await step(50, [0])  # still the same span
+        await step(100, [0, 1, 2])  # came from the one before: forward, so 2 is decoded ahead
+        await step(150, [0, 1, 2])
+        await step(200, [0, 1, 2, 3])
+        await step(300, [0, 1, 2, 3, 4])
+        await step(400, [0, 1, 2, 3, 4, 5])
+        await step(500, [0, 1, 2, 3, 4, 5])  # nothing comes after the last
+
+    run(test)
+    assert index.decoded.count((2, None)) == 1
+
+
+@pytest.mark.parametrize("starts", [(500, 400, 300), (0, 200, 400), (300, 300, 300), (0, 300, 0, 500)])
+def test_nothing_is_decoded_ahead_of_who_does_not_run_forward(starts: Sequence[int]) -> None:
+    index, data = layer(*[100] * 6)
+    reader = SpanReader([data])
+
+    async def test() -> None:
+        for start in starts:
+            await reader.read(1, start, 10)
+            await trio.testing.wait_all_tasks_blocked()
+
+    run(test)
+    assert spans_decoded(index) == sorted({start // 100 for start in starts})
+
+
+def test_running_forward_in_one_layer_says_nothing_of_another() -> None:
+    one, first = layer(*[100] * 4, number=1)
+    two, second = layer(*[100] * 4, number=2)
+    reader = SpanReader([first, second])
+
+    async def test() -> None:
+        await reader.read(1, 0, 10)
+        await reader.read(2, 100, 10)
+        await trio.testing.wait_all_tasks_blocked()
+
+    run(test)
+    assert (spans_decoded(one), spans_decoded(two)) == ([0], [1])
+
+
+def test_one_thread_decodes_nothing_ahead() -> None:
+    index, data = layer(*[100] * 4)
+    reader = SpanReader([data], threads=1)
+
+    async def test() -> None:
+        await reader.read(1, 0, 10)
+        await reader.read(1, 100, 10)
+        await trio.testing.wait_all_tasks_blocked()
+
+    run(test)
+    assert spans_decoded(index) == [0, 1]
+
+
+def test_forward_readers_decode_whole_spans() -> None:
+    index, data = layer(LARGE, LARGE, LARGE)
+    reader = SpanReader([data])
+
+    async def test() -> None:
+        await reader.read(1, LARGE - 10, 10)
+        await reader.read(1, LARGE, 10)
+        await index.until_started(3)
+
+    run(test)
+    assert sorted(index.decoded[1:]) == [(1, None), (2, None)]
+
+
+def test_an_error_ahead_harms_nobody_and_the_reader_gets_its_own(caplog: pytest.LogCaptureFixture) -> None:
+    index, data = layer(*[100] * 4)
+    index.failures[2] = [DamagedError("span 2 is bad"), DamagedError("span 2 is bad"), ZeroDivisionError("a bug")]
+    index.failures[3] = [ZeroDivisionError("a bug")]
+    reader = SpanReader([data])
+
+    async def settle() -> None:
+        while reader.decoding():
+            await trio.testing.wait_all_tasks_blocked(0.001)
+
+    async def test() -> None:
+        await reader.read(1, 0, 10)
+        assert joined(await reader.read(1, 100, 10)) == index.data[100:110]
+        await settle()
+        assert spans_decoded(index) == [0, 1, 2]
+        with pytest.raises(DamagedError, match="span 2 is bad"):
+            await reader.read(1, 200, 10)
+        await settle()
+        assert spans_decoded(index) == [0, 1, 2, 2, 3]
+        assert joined(await reader.read(1, 300, 10)) == index.data[300:310]
+
+    with no_warnings_logged(caplog):
+        run(test)
+
+
+def test_a_reader_waits_for_its_span_if_that_is_being_decoded_ahead() -> None:
+    index, data = layer(*[100] * 4)
+    index.held[2] = threading.Event()
+    reader = SpanReader([data])
+    got: list[Any] = []
+
+    async def read() -> None:
+        got.append(joined(await reader.read(1, 200, 10)))
+
+    async def test() -> None:
+        await reader.read(1, 0, 10)
+        await reader.read(1, 100, 10)
+        await index.until_started(3)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read)
+            await trio.testing.wait_all_tasks_blocked()
+            assert got == []
+            index.held[2].set()
+
+    run(test)
+    assert got == [index.data[200:210]]
+    assert [span for span, _ in index.decoded].count(2) == 1
+
+
+def test_ending_the_loop_while_something_is_decoded_ahead_is_quiet() -> None:
+    index, data = layer(*[100] * 4)
+    reader = SpanReader([data])
+
+    async def test() -> None:
+        with trio.fail_after(SECONDS):
+            await reader.read(1, 0, 10)
+            await reader.read(1, 100, 10)
+
+    trio.run(test)
+    assert not reader.decoding()
+    assert index.running == 0
