@@ -366,9 +366,10 @@ def erofs_verdict(runtime: Path) -> Verdict:
         if (seen.boot, seen.release) == (boot, release):
             return seen.verdict
     verdict = probe(runtime)
-    new = kept.with_suffix(".new")
-    new.write_bytes(msgspec.json.encode(_Probed(boot, release, verdict)))
-    new.rename(kept)
+    with contextlib.suppress(OSError):  # a full disk, or another mount that keeps its own verdict now: asked again then
+        new = kept.with_suffix(".new")
+        new.write_bytes(msgspec.json.encode(_Probed(boot, release, verdict)))
+        new.rename(kept)
     return verdict
 
 
