@@ -34,9 +34,7 @@ def book(*samples: tuple[str, str, list[float]]) -> report.Book:
 # ------------------------------------------------------------------------------------------------------------- figures
 
 
-@pytest.mark.parametrize(
-    ("samples", "median"), [([3.0], 3.0), ([5.0, 1.0, 3.0], 3.0), ([4.0, 1.0, 2.0, 100.0], 3.0)]
-)
+@pytest.mark.parametrize(("samples", "median"), [([3.0], 3.0), ([5.0, 1.0, 3.0], 3.0), ([4.0, 1.0, 2.0, 100.0], 3.0)])
 def test_a_figure_is_the_median_of_its_samples(samples: list[float], median: float) -> None:
     assert book(("find.cold", "overlayfs", samples)).median("find.cold", "overlayfs") == median
 
@@ -45,9 +43,7 @@ def test_what_was_not_measured_has_no_figure() -> None:
     assert book().median("find.cold", "overlayfs") is None
 
 
-@pytest.mark.parametrize(
-    ("part", "value"), [(0.5, 50), (0.99, 99), (1.0, 100), (0.0, 1), (0.001, 1), (0.501, 51)]
-)
+@pytest.mark.parametrize(("part", "value"), [(0.5, 50), (0.99, 99), (1.0, 100), (0.0, 1), (0.001, 1), (0.501, 51)])
 def test_a_percentile_is_the_nearest_rank(part: float, value: float) -> None:
     assert report.percentile(range(100, 0, -1), part) == value
 
@@ -219,7 +215,9 @@ def test_json_keeps_everything_and_can_be_read_again() -> None:
     assert report.text(again) == report.text(made)
 
 
-@pytest.mark.parametrize("raw", ["[]", '{"format": 0}', "{", '{"format":1,"facts":{},"results":[{"row":"x","contender":"y"}]}'])
+@pytest.mark.parametrize(
+    "raw", ["[]", '{"format": 0}', "{", '{"format":1,"facts":{},"results":[{"row":"x","contender":"y"}]}']
+)
 def test_json_of_another_kind_is_refused(raw: str) -> None:
     with pytest.raises(ValueError, match=r"format|unknown|Expecting"):
         report.from_json(raw)
@@ -240,10 +238,14 @@ def test_the_picture_has_a_bar_for_each_figure_to_scale() -> None:
     }
     assert len([rect for rect in root.iter(f"{SVG}rect") if rect.get("class") != "ground"]) == 3
     words = [element.text for element in root.iter(f"{SVG}text")]
-    assert {"find -ls, cold", "0.25 s", "0.5 s", "4 s", "overlayfs", "a <fast> one, Linux 6.18, 2026-01-02"} <= set(words)
+    assert {"find -ls, cold", "0.25 s", "0.5 s", "4 s", "overlayfs", "a <fast> one, Linux 6.18, 2026-01-02"} <= set(
+        words
+    )
     assert "1 s" not in words
     panel = {rect.get("y"): rect for rect in root.iter(f"{SVG}rect")}
-    assert bars["other"] == pytest.approx(max(float(rect.get("width") or 0) for rect in panel.values() if rect.get("class") == "other"))
+    assert bars["other"] == pytest.approx(
+        max(float(rect.get("width") or 0) for rect in panel.values() if rect.get("class") == "other")
+    )
 
 
 def test_the_longest_bar_fills_its_panel_and_half_the_value_is_half_as_long() -> None:
@@ -343,7 +345,9 @@ def test_who_delivers_less_or_more_than_there_is_has_no_figure() -> None:
             workloads.compare("names", got, 10, who)
 
 
-def setting(made: report.Book, number: int, *, until: float = float("inf"), only: frozenset[str] = frozenset()) -> workloads.Setting:
+def setting(
+    made: report.Book, number: int, *, until: float = float("inf"), only: frozenset[str] = frozenset()
+) -> workloads.Setting:
     effort = workloads.Effort(rounds=number, limit=1, idle=0, reads=0, until=until, wide=False, thorough=False)
     unused = {name: None for name in ("checkout", "work", "tools", "images", "contents", "mounters", "reader")}
     return workloads.Setting(**unused, only=only, effort=effort, book=made)  # type: ignore[arg-type]
@@ -360,13 +364,15 @@ def test_contenders_take_turns_and_the_order_moves_on() -> None:
 
 
 def test_who_fails_is_excused_once_and_not_asked_again() -> None:
-    made, played = book(), []  # type: ignore[var-annotated]
+    made, played = book(), []
 
     def fails() -> None:
         played.append("squashfuse")
         raise processes.FailedError("squashfuse_ll ended with status 1")
 
-    workloads.rounds(setting(made, 2), "x", [workloads.Turn("squashfuse", fails, ("find.cold",)), *turns(played, "overlayfs")])
+    workloads.rounds(
+        setting(made, 2), "x", [workloads.Turn("squashfuse", fails, ("find.cold",)), *turns(played, "overlayfs")]
+    )
     assert played == ["squashfuse", "overlayfs", "overlayfs"]
     assert made.notes == {("find.cold", "squashfuse"): "squashfuse_ll ended with status 1"}
 

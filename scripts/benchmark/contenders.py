@@ -145,7 +145,11 @@ def mounters(tools: Tools, images: Images, work: Path) -> list[Mounter]:
         return f"this kernel has no {name}"
 
     def squash() -> str:
-        return "" if images.squashfs.exists() else "there is no squashfs of the tree, for mksquashfs is not installed or failed"
+        return (
+            ""
+            if images.squashfs.exists()
+            else "there is no squashfs of the tree, for mksquashfs is not installed or failed"
+        )
 
     return [
         Mounter("ocifs-erofs", lambda place: ocifs(tools, "erofs", cache, images.reference, place)),

@@ -147,7 +147,11 @@ def facts(checkout: Path, tools: Tools, work: Path) -> dict[str, str]:
         commit = run("git", "-C", checkout, "describe", "--always", "--dirty").output.decode().strip()
     ours = [f"ocifs {_version(tools.ocifs, '--version')} ({commit})"]
     ours += _python_versions(tools.python, ("pyfuse3", "trio", "isal", "rapidgzip", "zstandard"))
-    peers = [f"{package} {_debian(package)}" for package in (*PACKAGES.values(), "tar", "findutils") if _debian(package) != "?"]
+    peers = [
+        f"{package} {_debian(package)}"
+        for package in (*PACKAGES.values(), "tar", "findutils")
+        if _debian(package) != "?"
+    ]
     peers += _python_versions(tools.peers / "python", ("ratarmount", "rapidgzip"))[1:]
     kind = "?"
     with contextlib.suppress(FailedError):

@@ -306,7 +306,9 @@ def markdown_table(table: Table) -> str:
     """A table for a README."""
     head, *lines = table.lines
     rule = ["---" if column in table.words else "---:" for column in range(len(head))]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in (head, rule, *lines))
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in (head, rule, *lines)
+    )
 
 
 def _notes(book: Book, marks: Mapping[str, int]) -> list[str]:

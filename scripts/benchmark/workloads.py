@@ -263,7 +263,12 @@ def read(setting: Setting, words: Sequence[str], feed: bytes, place: Path) -> Re
 
 
 def _checked(
-    setting: Setting, name: str, words: Sequence[str], feed: bytes, keys: Sequence[str], samples: Callable[[Read], Samples]
+    setting: Setting,
+    name: str,
+    words: Sequence[str],
+    feed: bytes,
+    keys: Sequence[str],
+    samples: Callable[[Read], Samples],
 ) -> None:
     """Have the reader read on each contender's mount, and compare bytes and checksum with the truth."""
     with truth(setting):
@@ -424,7 +429,10 @@ def first(setting: Setting) -> None:
 
 def is_mounted(setting: Setting) -> None:
     """An image whose layers are indexed, until `ocifs mount` has returned: the reference image, few and many entries."""
-    wanted = [("mounted", setting.images.reference), ("mounted-1k", images_module.wide(setting.checkout, setting.work, 1000))]
+    wanted = [
+        ("mounted", setting.images.reference),
+        ("mounted-1k", images_module.wide(setting.checkout, setting.work, 1000)),
+    ]
     if setting.effort.wide:
         wanted.append(("mounted-1m", images_module.wide(setting.checkout, setting.work, 1_000_000)))
     for _, layout in wanted:
@@ -614,7 +622,9 @@ def decode(setting: Setting) -> None:
             Turn("igzip", lambda: act("igzip", igzip), _states("decode"), tools.missing.get("igzip", "")),
         ],
     )
-    setting.book.remark("decoding: the same for both drivers of ocifs; it checks every span's SHA-256, igzip each layer's CRC.")
+    setting.book.remark(
+        "decoding: the same for both drivers of ocifs; it checks every span's SHA-256, igzip each layer's CRC."
+    )
 
 
 def _uncompressed(setting: Setting) -> list[int]:
