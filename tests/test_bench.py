@@ -349,7 +349,7 @@ def setting(
     made: report.Book, number: int, *, until: float = float("inf"), only: frozenset[str] = frozenset()
 ) -> workloads.Setting:
     effort = workloads.Effort(rounds=number, limit=1, idle=0, reads=0, until=until, wide=False, thorough=False)
-    unused = {name: None for name in ("checkout", "work", "tools", "images", "contents", "mounters", "reader")}
+    unused = dict.fromkeys(("checkout", "work", "tools", "images", "contents", "mounters", "reader"))
     return workloads.Setting(**unused, only=only, effort=effort, book=made)  # type: ignore[arg-type]
 
 

@@ -80,8 +80,10 @@ def draw(book: Book) -> str:
     facts = ", ".join(book.facts[name] for name in ("machine", "kernel", "date") if name in book.facts)
     return "\n".join(
         [
-            f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height:.0f}"'
-            f' viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="ocifs and its peers: times, shorter is better">',
+            (
+                f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height:.0f}"'
+                f' viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="ocifs and its peers: times, shorter is better">'
+            ),
             f"<style>{STYLE}\n</style>",
             f'<rect class="ground" x=".5" y=".5" width="{WIDTH - 1}" height="{height - 1:.0f}" rx="8"/>',
             f'<text class="head" x="{MARGIN}" y="34">ocifs and its peers on one image: shorter is better</text>',
@@ -102,9 +104,13 @@ def _panel(left: float, top: float, width: float, title: str, found: list[Bar]) 
         us = " us" if bar.ours else ""
         out += [
             f'<text class="name{us}" x="{left + NAMES - 8:.1f}" y="{y + 12:.1f}">{escape(bar.name)}</text>',
-            f'<rect class="{"ours" if bar.ours else "other"}" x="{left + NAMES:.1f}" y="{y:.1f}"'
-            f' width="{length:.1f}" height="{BAR}" rx="2"/>',
-            f'<text class="{us.strip() or "quiet"}" x="{left + NAMES + length + 6:.1f}" y="{y + 12:.1f}">'
-            f"{escape(bar.words)}</text>",
+            (
+                f'<rect class="{"ours" if bar.ours else "other"}" x="{left + NAMES:.1f}" y="{y:.1f}"'
+                f' width="{length:.1f}" height="{BAR}" rx="2"/>'
+            ),
+            (
+                f'<text class="{us.strip() or "quiet"}" x="{left + NAMES + length + 6:.1f}" y="{y + 12:.1f}">'
+                f"{escape(bar.words)}</text>"
+            ),
         ]
     return out

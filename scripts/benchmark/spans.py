@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Decode every span of an image with ocifs's own decoder, as many at a time as told: `spans.py REF CACHE THREADS`.
 
 Run by the interpreter ocifs is installed for. Prints two numbers: nanoseconds for the decoding alone, and the bytes that

@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmark import contenders, images as images_module
+from benchmark import contenders
+from benchmark import images as images_module
 from benchmark.contenders import Mounter
 from benchmark.images import Contents, Images, Layout
 from benchmark.machine import Tools, say
@@ -44,6 +45,13 @@ SLOW = 40.0
 UMOCI_ROUNDS = 2
 """It takes as long as all the others together, and is ten times slower than what it is compared with."""
 IMPORT = ("python3", "-c", "import numpy; print(numpy.__version__)")
+
+ZLIB = """
+import sys, zlib
+inflater, blob = zlib.decompressobj(31), open(sys.argv[1], "rb")
+while piece := blob.read(1 << 20):
+    inflater.decompress(piece)
+"""
 
 
 class WrongError(FailedError):
@@ -115,7 +123,7 @@ class Turn(NamedTuple):
     """Rounds after which enough is known of it."""
 
 
-def rounds(setting: Setting, name: str, turns: Sequence[Turn], *, most: int = 1000) -> None:
+def rounds(setting: Setting, name: str, turns: Sequence[Turn]) -> None:
     """Give every contender its turn, several times over, the order moving on by one each round."""
     book, effort = setting.book, setting.effort
     playing = []
@@ -126,7 +134,7 @@ def rounds(setting: Setting, name: str, turns: Sequence[Turn], *, most: int = 10
             _excuse(book, turn, turn.lacking)
         else:
             playing.append(turn)
-    for number in range(min(effort.rounds, most)):
+    for number in range(effort.rounds):
         start = number % len(playing) if playing else 0
         for turn in [*playing[start:], *playing[:start]]:
             if number >= turn.most:
@@ -395,14 +403,13 @@ def first(setting: Setting) -> None:
     def each(*words: str | Path) -> Callable[[], float]:
         return lambda: sum(run(*words, blob, keep=False, limit=limit).seconds for blob in layout.blobs)
 
-    zlib = "import sys, zlib\nd = zlib.decompressobj(31)\nf = open(sys.argv[1], 'rb')\nwhile b := f.read(1 << 20): d.decompress(b)"
     measures: dict[str, tuple[Callable[[], float], str]] = {
         "ocifs-erofs": (lambda: ocifs("erofs"), ""),
         "ocifs-fuse": (lambda: ocifs("fuse"), ""),
         "umoci": (umoci, tools.missing.get("umoci", "")),
         "ratarmount": (ratarmount, tools.missing.get("ratarmount", "")),
         "rapidgzip": (each(tools.peers / "rapidgzip", "-P", "2", "-d", "-c"), tools.missing.get("rapidgzip", "")),
-        "zlib": (each(tools.python, "-c", zlib), ""),
+        "zlib": (each(tools.python, "-c", ZLIB), ""),
         "igzip": (each("igzip", "-d", "-c"), tools.missing.get("igzip", "")),
     }
 
@@ -497,7 +504,8 @@ def scale(setting: Setting) -> None:
                     contenders.take_down(setting.place, pid)
 
     rows = ("new-1k", "new-1m", "memory-1m", *_states("find-1m"))
-    rounds(setting, "scale", [Turn(f"ocifs-{driver}", lambda driver=driver: act(driver), rows) for driver in ("erofs", "fuse")], most=2)  # type: ignore[misc]  # fmt: skip
+    turns = [Turn(f"ocifs-{driver}", lambda driver=driver: act(driver), rows, most=2) for driver in ("erofs", "fuse")]  # type: ignore[misc]
+    rounds(setting, "scale", turns)
 
 
 def _list(setting: Setting, key: str, entries: int, pid: int) -> None:
@@ -656,10 +664,10 @@ def size(setting: Setting) -> None:
 
     lacking = setting.tools.missing.get("ratarmount", "")
     turns = [
-        Turn("ocifs-fuse", ocifs, ("size.index",)),
-        Turn("ratarmount", ratarmount, ("size.index",), lacking),
+        Turn("ocifs-fuse", ocifs, ("size.index",), most=1),
+        Turn("ratarmount", ratarmount, ("size.index",), lacking, most=1),
     ]
-    rounds(setting, "size", turns, most=1)
+    rounds(setting, "size", turns)
 
 
 def idle(setting: Setting) -> None:
