@@ -218,6 +218,8 @@ def percentile(values: Iterable[float], part: float) -> float:
 
 def figure(value: float, unit: str) -> str:
     """A value in a few characters: three significant digits, as many thousands as it takes."""
+    if unit == "µs" and abs(value) >= 10_000:  # noqa: PLR2004 (from here on milliseconds say as much)
+        value, unit = value / 1000, "ms"
     if value == 0:
         text = "0"
     elif abs(value) >= 100:  # noqa: PLR2004 (three digits before the point)
