@@ -599,7 +599,7 @@ def test_a_reader_killed_between_wake_up_and_read_does_not_stall_the_daemon(
     env = {"VICTIM": str(victim)}
     with mounted(slow_image, tmp_path / "mnt", *options, cache=cache, env=env, code=KILLING) as mount:
         reader = start("keep_reading", mount.at("large"), 256 << 10, limit=240)
-        for number in range(15):
+        for _ in range(15):
             asking = start("ask_without_end", mount.at("file"))
             _wait_for_line(asking)
             (tmp_path / "new").write_text(str(asking.pid))
@@ -609,7 +609,7 @@ def test_a_reader_killed_between_wake_up_and_read_does_not_stall_the_daemon(
             _drop_what_was_said(reader)
             for _ in range(3):
                 _wait_for_line(reader, limit=20)
-        assert answer(reader) > 3 * number
+        assert answer(reader) > 45
 
 
 def test_readers_killed_at_any_moment_do_not_stall_the_daemon(slow_image: str, tmp_path: Path, cache: Path) -> None:
