@@ -173,11 +173,15 @@ def pack_archive(tree: Path, out: Path) -> None:
         raise FailedError("the merged tree could not be packed as tar.gz")
 
 
-def wide(checkout: Path, work: Path, entries: int) -> Layout:
-    """Make or find an image of so many entries in a hundred layers."""
-    words = f"making an image of {entries:,} entries in 100 layers"
+def wide(checkout: Path, work: Path, entries: int, *, layers: int = 100) -> Layout:
+    """Make or find an image of so many empty files; in one layer they lie in one directory."""
     make = checkout / "scripts/make-wide-image"
-    path = once(work / f"wide-{entries}", lambda out: void(run(make, out, str(entries), "100", limit=1800)), words)
+    flat = ["--flat"] if layers == 1 else []
+    path = once(
+        work / (f"flat-{entries}" if flat else f"wide-{entries}"),
+        lambda out: void(run(make, out, str(entries), str(layers), *flat, limit=1800)),
+        f"making an image of {entries:,} entries in {layers} layers",
+    )
     return read_layout(path, "latest")
 
 

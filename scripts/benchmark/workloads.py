@@ -480,17 +480,18 @@ def is_mounted(setting: Setting) -> None:
 
 
 def scale(setting: Setting) -> None:
-    """A thousand and a million entries in a hundred layers: indexed, listed, and what the daemon's memory is then."""
+    """A thousand and a million entries in a hundred layers, ten thousand in one directory: indexed, listed; memory."""
     if not setting.effort.wide:
         setting.book.remark("A million entries took no part.")
         return
-    layouts = [("1k", 1000), ("1m", 1_000_000)]
+    sizes = (("1k", 1000, 100), ("10k", 10_000, 1), ("1m", 1_000_000, 100))
+    layouts = [(name, entries, images_module.wide(setting.checkout, setting.work, entries, layers=layers))
+               for name, entries, layers in sizes]  # fmt: skip
     limit = max(setting.effort.limit, 300)
 
     def act(driver: str) -> None:
         key = f"ocifs-{driver}"
-        for name, entries in layouts:
-            layout = images_module.wide(setting.checkout, setting.work, entries)
+        for name, entries, layout in layouts:
             with fresh(setting.work / "new-cache") as cache:
                 forget_caches()
                 pid = None
@@ -498,17 +499,19 @@ def scale(setting: Setting) -> None:
                     words = contenders.mount_words(setting.tools, driver, cache, layout.reference, setting.place)
                     setting.book.add(f"new-{name}", key, run(*words, limit=limit).seconds)
                     pid = contenders.daemon_of(setting.place)
+                    if name != "1k":
+                        _list(setting, key, name, entries)
                     if name == "1m":
-                        _list(setting, key, entries, pid)
+                        setting.book.add("memory-1m", key, anonymous_memory(pid))
                 finally:
                     contenders.take_down(setting.place, pid)
 
-    rows = ("new-1k", "new-1m", "memory-1m", *_states("find-1m"))
+    rows = ("new-1k", "new-10k", "new-1m", "memory-1m", *_states("find-10k", "find-1m"))
     turns = [Turn(f"ocifs-{driver}", lambda driver=driver: act(driver), rows, most=2) for driver in ("erofs", "fuse")]  # type: ignore[misc]
     rounds(setting, "scale", turns)
 
 
-def _list(setting: Setting, key: str, entries: int, pid: int) -> None:
+def _list(setting: Setting, key: str, name: str, entries: int) -> None:
     for state in STATES:
         if state == "cold":
             forget_caches()
@@ -517,8 +520,7 @@ def _list(setting: Setting, key: str, entries: int, pid: int) -> None:
         names = ran.output.count(b"\n")
         if names < entries:
             raise WrongError(f"find showed {names:,} names of {entries:,}")
-        setting.book.add(f"find-1m.{state}", key, ran.seconds)
-    setting.book.add("memory-1m", key, anonymous_memory(pid))
+        setting.book.add(f"find-{name}.{state}", key, ran.seconds)
 
 
 # -- containers ----------------------------------------------------------------------------------------------------
