@@ -22,10 +22,10 @@ How a mount ends
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import fcntl
 import hashlib
+import json
 import logging
 import os
 import select
@@ -33,12 +33,13 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 import msgspec
 
+from ocifs import kernel
 from ocifs.errors import BusyError, MachineError, NotFoundError, OcifsError, UsageError
-from ocifs.mountinfo import MountEntry, mounted_at, mounts
+from ocifs.mountinfo import MountEntry, mount_of, mounted_at, mounts
 
 _log = logging.getLogger(__name__)
 
@@ -47,8 +48,6 @@ FS_TYPES = {"fuse": "fuse.ocifs", "erofs": "erofs"}
 
 GOODBYE = 30.0
 """Seconds `unmount` waits by default for a daemon to be gone before it says what may hold it."""
-
-_MNT_DETACH = 2  # include/uapi/linux/mount.h / umount(2)
 
 
 class Record(msgspec.Struct, frozen=True):
@@ -63,8 +62,8 @@ class Record(msgspec.Struct, frozen=True):
     manifest: str
     cache: str
     log: str
-    mounted: bool = False
-    """False until the mount answers."""
+    device: int = 0
+    """st_dev of the mount, by which it is known wherever it is moved to; 0 until the mount answers."""
 
 
 # -- where things are ----------------------------------------------------------------------------------------------
@@ -104,12 +103,24 @@ def _record_path(mountpoint: Path) -> Path:
 # -- claims and records --------------------------------------------------------------------------------------------
 
 
+def _told_plainly(path: Path, error: OSError) -> MachineError:
+    return MachineError(f"cannot keep a record in the runtime directory: {path}: {error.strerror}")
+
+
 class Claim:
     """The right to mount at one place, held while its descriptor is open (in this process or one forked from it)."""
 
     def __init__(self, mountpoint: Path) -> None:
         """Claim ``mountpoint``. Raises `BusyError` with the reference of whoever has it."""
         self.path = _record_path(mountpoint)
+        self.private = self.path.with_name(f"{self.path.stem}-{os.getpid()}.devices")
+        """Where EROFS' device files are served while it is being mounted; made by `private_place`."""
+        try:
+            self._take(mountpoint)
+        except OSError as error:
+            raise _told_plainly(self.path, error) from error
+
+    def _take(self, mountpoint: Path) -> None:
         with _serialised():
             while True:
                 self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -118,7 +129,7 @@ class Claim:
                 except BlockingIOError:
                     other = _read_record(self._fd)
                     os.close(self._fd)
-                    if other is not None and other.mounted and not _is_ours(mounted_at(mountpoint), other):
+                    if other is not None and other.device and not _is_of(other, mounted_at(mountpoint)):
                         # It was unmounted lazily and serves who is still in, or its mount is in another namespace.
                         _set_aside(self.path, other.pid)
                         continue
@@ -137,14 +148,18 @@ class Claim:
 
     def write(self, record: Record) -> None:
         """Say what is mounted."""
-        encoded = msgspec.json.encode(record)
-        os.pwrite(self._fd, encoded, 0)
-        os.ftruncate(self._fd, len(encoded))
+        # Not msgspec's own encoder: a path may hold bytes that are no UTF-8, which only \\u escapes can carry.
+        encoded = json.dumps(msgspec.to_builtins(record)).encode()
+        try:
+            os.pwrite(self._fd, encoded, 0)
+            os.ftruncate(self._fd, len(encoded))
+        except OSError as error:
+            raise _told_plainly(self.path, error) from error
 
     def release(self, *, keep_log: bool = False) -> None:
         """Give the place up and remove the record, and the log unless it is to be kept."""
         with contextlib.suppress(OSError):
-            self.path.with_suffix(".devices").rmdir()
+            self.private.rmdir()
         with _serialised():
             for path in (self.path, _aside(self.path, os.getpid())):
                 with contextlib.suppress(FileNotFoundError):
@@ -180,8 +195,8 @@ def _set_aside(path: Path, pid: int) -> None:
 
 def _read_record(fd: int) -> Record | None:
     try:
-        return msgspec.json.decode(os.pread(fd, 1 << 20, 0), type=Record)
-    except msgspec.MsgspecError:
+        return msgspec.convert(json.loads(os.pread(fd, 1 << 20, 0)), Record)
+    except (ValueError, RecursionError, msgspec.MsgspecError):
         return None  # claimed, not yet written
 
 
@@ -191,13 +206,28 @@ def records() -> Iterator[Record]:
     with _serialised():
         for path in (*runtime_dir().glob("*.json"), *runtime_dir().glob("*.aside")):
             with _looked_at(path) as (record, alive):
+                there = mount_of(record.device) if record is not None and record.device else None
                 if alive:
-                    if record is not None and record.mounted and path.suffix == ".json":
-                        found.append(record)
-                elif record is None or not _is_ours(mounted_at(record.mountpoint), record):
+                    if record is not None and record.device and path.suffix == ".json":
+                        # Where it is now: a parent directory may have been renamed.
+                        now = os.fsdecode(there.mountpoint) if there else record.mountpoint
+                        found.append(msgspec.structs.replace(record, mountpoint=now))
+                elif record is None or there is None:
                     path.unlink(missing_ok=True)
                     path.with_suffix(".log").unlink(missing_ok=True)
+        _forget_old_logs()
     yield from sorted(found, key=lambda record: record.started_ns)
+
+
+_LOGS_KEPT = 7 * 24 * 3600.0
+"""Seconds that the log of a mount which failed is kept for whoever asks why: a week."""
+
+
+def _forget_old_logs() -> None:
+    for log in runtime_dir().glob("*.log"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - log.stat().st_mtime > _LOGS_KEPT and not log.with_suffix(".json").exists():
+                log.unlink()
 
 
 @contextlib.contextmanager
@@ -211,7 +241,8 @@ def _looked_at(path: Path) -> Iterator[tuple[Record | None, bool]]:
     try:
         alive = False
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Shared, so that two who look do not take each other for the daemon.
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             alive = True
         yield _read_record(fd), alive
@@ -219,17 +250,29 @@ def _looked_at(path: Path) -> Iterator[tuple[Record | None, bool]]:
         os.close(fd)
 
 
-def _is_ours(there: MountEntry | None, record: Record | None) -> bool:
-    """Whether a mount is one of ocifs: by its type, or by the record and where EROFS was mounted from."""
-    if there is None:
-        return False
-    if there.fs_type == FS_TYPES["fuse"]:
-        return True
-    return (
-        record is not None
-        and there.fs_type == FS_TYPES[record.driver]
-        and there.source.startswith(os.fsencode(runtime_dir()) + b"/")
-    )
+def _is_of(record: Record, there: MountEntry | None) -> bool:
+    """Whether a mount is the one that a record tells of."""
+    return there is not None and there.device == record.device and there.fs_type == FS_TYPES.get(record.driver)
+
+
+@contextlib.contextmanager
+def _found_at(path: Path) -> Iterator[tuple[MountEntry | None, Record | None, bool]]:
+    """What of ocifs is mounted at a path, its record if there is one, and whether its daemon lives.
+
+    Decisions about it hold until the end of the block: nobody claims or gives up a place meanwhile. The record is looked
+    for by the mount's st_dev, because the mount may have been moved with a parent directory.
+    """
+    with _serialised(), contextlib.ExitStack() as opened:
+        there = mounted_at(path)
+        for one in sorted(runtime_dir().glob("*.json"), key=lambda name: name != _record_path(path)):
+            record, alive = opened.enter_context(_looked_at(one))
+            if record is not None and _is_of(record, there):
+                yield there, record, alive
+                return
+        if there is not None and there.fs_type == FS_TYPES["fuse"]:
+            yield there, None, not _is_dead(path)
+        else:
+            yield None, None, False
 
 
 # -- before mounting -----------------------------------------------------------------------------------------------
@@ -267,15 +310,14 @@ def prepare_mountpoint(mountpoint: Path, *, nonempty: bool = False) -> Path:
     Raises `NotFoundError`, `UsageError` or `BusyError`, each naming the directory and what to do.
     """
     path = _real(mountpoint)
-    with _looked_at(_record_path(path)) as (record, alive):
-        there = mounted_at(path)
-        if _is_ours(there, record):
-            if alive or (record is None and not _is_dead(path)):
-                what = record.reference if record else os.fsdecode(there.source) if there else ""
+    with _found_at(path) as (there, record, alive):
+        if there is not None:
+            if alive:
+                what = record.reference if record else os.fsdecode(there.source)
                 message = f"{path} has {what} mounted on it already; unmount it first: ocifs umount {path}"
                 raise BusyError(message)
             _log.warning("removing the dead mount that a killed daemon left at %s", path)
-            _detach(path, lazy=True)
+            _unmounted(path, lazy=True)
     try:
         names = os.listdir(path)
     except FileNotFoundError:
@@ -304,17 +346,10 @@ def _is_dead(path: Path) -> bool:
     return False
 
 
-def _libc_umount(path: Path, flags: int) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.umount2(os.fsencode(path), flags) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), str(path))
-
-
 def _detach(path: Path, *, lazy: bool) -> None:
     """Unmount ``path``: umount2(2) for root, fusermount3 for others. Raises OSError (EBUSY among others)."""
     if os.geteuid() == 0:
-        _libc_umount(path, _MNT_DETACH if lazy else 0)
+        kernel.umount2(os.fsencode(path), kernel.MNT_DETACH if lazy else 0)
         return
     command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 (no shell, our own words)
@@ -323,20 +358,37 @@ def _detach(path: Path, *, lazy: bool) -> None:
         raise OSError(number, done.stderr.strip() or "fusermount3 failed", str(path))
 
 
+def _unmounted(path: Path, *, lazy: bool) -> None:
+    """Unmount ``path``, or say in a sentence why not."""
+    try:
+        _detach(path, lazy=lazy)
+    except FileNotFoundError as error:
+        message = f"cannot unmount {path}: {error.filename or 'fusermount3'} is not there; install the package fuse3"
+        raise MachineError(message) from error
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            message = f"{path} is in use by {_users(path)}; end them, or say --lazy"
+            raise BusyError(message) from None
+        message = f"cannot unmount {path}: {error.strerror}"
+        raise MachineError(message) from error
+
+
 # -- serving -------------------------------------------------------------------------------------------------------
 
 
-Serve = Callable[[Callable[[], None]], None]
-"""What a driver does: serve until the mount ends, calling its argument once the mount answers."""
+Serve = Callable[[Callable[[int], None]], None]
+"""What a driver does: serve until the mount ends, calling its argument with the st_dev once the mount answers."""
 
 
 def private_place(claim: Claim) -> Path:
     """An empty directory beside the record, for the files that EROFS is mounted from; gone when the claim is released."""
-    path = claim.path.with_suffix(".devices")
-    path.mkdir(mode=0o700, exist_ok=True)
-    if mounted_at(path) is not None:  # left by a daemon killed at just that moment
-        _detach(path, lazy=True)
-    return path
+    try:
+        claim.private.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise _told_plainly(claim.private, error) from error
+    if mounted_at(claim.private) is not None:  # left by a daemon of the same pid, killed at just that moment
+        _unmounted(claim.private, lazy=True)
+    return claim.private
 
 
 def run_foreground(serve: Serve, record: Record, claim: Claim) -> None:
@@ -345,8 +397,8 @@ def run_foreground(serve: Serve, record: Record, claim: Claim) -> None:
         record = msgspec.structs.replace(record, pid=os.getpid())
         claim.write(record)
 
-        def ready() -> None:
-            claim.write(msgspec.structs.replace(record, mounted=True))
+        def ready(device: int) -> None:
+            claim.write(msgspec.structs.replace(record, device=device))
             _log.info("%s is mounted on %s", record.reference, record.mountpoint)
 
         serve(ready)
@@ -356,8 +408,12 @@ def run_foreground(serve: Serve, record: Record, claim: Claim) -> None:
 
 def run_background(serve: Serve, record: Record, claim: Claim) -> None:
     """Fork a daemon that serves; return when the mount answers, or raise what the daemon says went wrong."""
-    told, tell = os.pipe()
-    child = os.fork()
+    try:
+        told, tell = os.pipe()
+        child = os.fork()
+    except OSError as error:
+        message = f"cannot start a daemon for {record.mountpoint}: {error.strerror}"
+        raise MachineError(message) from error
     if child == 0:
         os.close(told)
         _daemon(serve, record, claim, tell)
@@ -368,7 +424,7 @@ def run_background(serve: Serve, record: Record, claim: Claim) -> None:
         return
     os.waitpid(child, 0)
     if answer:
-        raise MachineError(answer.decode().rstrip("\n"))
+        raise MachineError(answer.decode(errors="surrogateescape").rstrip("\n"))
     message = f"the daemon for {record.mountpoint} died before the mount answered"
     raise MachineError(message)
 
@@ -388,8 +444,8 @@ def _daemon(serve: Serve, record: Record, claim: Claim, tell: int) -> NoReturn:
         for stream in (0, 1):
             os.dup2(null, stream)
 
-        def ready() -> None:
-            claim.write(msgspec.structs.replace(record, mounted=True))
+        def ready(device: int) -> None:
+            claim.write(msgspec.structs.replace(record, device=device))
             os.dup2(null, 2)
             try:
                 os.write(tell, b"ready\n")
@@ -403,7 +459,7 @@ def _daemon(serve: Serve, record: Record, claim: Claim, tell: int) -> NoReturn:
         status = error.exit_code
         _log.error("%s", error)
         with contextlib.suppress(OSError):
-            os.write(tell, f"{error}\n".encode())
+            os.write(tell, f"{error}\n".encode(errors="surrogateescape"))
     except BaseException:  # noqa: BLE001 (nothing may return into the parent's code)
         status = 70  # EX_SOFTWARE in sysexits.h: a bug
         _log.exception("the daemon ended in a way that was not foreseen")
@@ -426,6 +482,25 @@ def _close_inherited(keep: Sequence[int]) -> None:
                 os.close(fd)
 
 
+_LOG_LIMIT = 1 << 20
+"""Bytes in a log file before it is begun anew: 1 MiB."""
+
+
+class _BoundedLog(logging.StreamHandler[TextIO]):
+    """Appends to a file that is begun anew when it is full, whatever the file is called by then."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path.open("a", encoding="utf-8", errors="backslashreplace"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line, making room first if need be."""
+        with contextlib.suppress(OSError):
+            if os.fstat(self.stream.fileno()).st_size > _LOG_LIMIT:
+                os.ftruncate(self.stream.fileno(), 0)
+                self.stream.write("(what was here is gone: the log had become too long)\n")
+        super().emit(record)
+
+
 def log_to_background(path: Path) -> None:
     """Send the log to a file beside the record and, where there is one, to the system's log."""
     import logging.handlers  # noqa: PLC0415 (pulls in sockets and pickle, which nothing else needs)
@@ -433,7 +508,7 @@ def log_to_background(path: Path) -> None:
     root = logging.getLogger()
     for handler in list(root.handlers):
         root.removeHandler(handler)
-    file = logging.handlers.RotatingFileHandler(path, maxBytes=1 << 20, backupCount=1)
+    file = _BoundedLog(path)
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     root.addHandler(file)
     if Path("/dev/log").exists():
@@ -453,21 +528,14 @@ def unmount(mountpoint: Path, *, lazy: bool = False, patience: float = GOODBYE) 
     daemon does not end within ``patience`` seconds.
     """
     path = _real(mountpoint)
-    with _looked_at(_record_path(path)) as (record, alive):
-        if not _is_ours(mounted_at(path), record):
-            message = f"nothing of ocifs is mounted on {mountpoint}; 'ocifs ps' lists what is"
-            raise NotFoundError(message)
-    dead = not alive and (record is not None or _is_dead(path))
-    daemon = _pidfd(record.pid) if record and alive else None
+    daemon = None
     try:
-        try:
-            _detach(path, lazy=lazy or dead)
-        except OSError as error:
-            if error.errno == errno.EBUSY:
-                message = f"{path} is in use by {_users(path)}; end them, or say --lazy"
-                raise BusyError(message) from None
-            message = f"cannot unmount {path}: {error.strerror}"
-            raise MachineError(message) from error
+        with _found_at(path) as (there, record, alive):
+            if there is None:
+                message = f"nothing of ocifs is mounted on {mountpoint}; 'ocifs ps' lists what is"
+                raise NotFoundError(message)
+            daemon = _pidfd(record.pid) if record and alive else None
+            _unmounted(path, lazy=lazy or not alive)
         if daemon is not None and not lazy and not select.select([daemon], [], [], patience)[0]:
             message = (
                 f"{path} is unmounted, but its daemon (pid {record.pid if record else 0}) still serves: another mount "

@@ -83,10 +83,7 @@ class SyntheticFile:
 
     async def read(self, offset: int, size: int) -> bytes:
         """Put the pieces together."""
-        parts: list[bytes | memoryview] = []
-        for layer, layer_offset, length in self._tree.synthetic(offset, size):
-            parts += await self._spans.read(layer, layer_offset, length) if layer else [bytes(length)]
-        return b"".join(parts)
+        return b"".join(await self._spans.gather(self._tree.synthetic(offset, size)))
 
 
 def device_files(image: Image, spans: SpanReader) -> Sequence[DeviceFile]:

@@ -30,23 +30,23 @@ import logging
 import os
 import select
 import signal
-import subprocess
-import sys
+import tempfile
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import msgspec
 
 from ocifs import kernel
 from ocifs.devices import DeviceFile
 from ocifs.errors import MachineError, OcifsError, UsageError
-from ocifs.mountinfo import MountEntry, mounted_at
+from ocifs.mountinfo import MountEntry, mount_of, mounted_at
 from ocifs.rootfs import RootFS
 
 if TYPE_CHECKING:
     import pyfuse3
+    import trio
 
 _log = logging.getLogger(__name__)
 
@@ -175,75 +175,118 @@ def _session_fd() -> int:
     raise MachineError(message)
 
 
-def _run_session(
-    adapter: pyfuse3.Operations,
-    place: Path,
-    options: set[str],
-    begin: Callable[[], Awaitable[None]],
-    end: Callable[[], Awaitable[None]],
-    decoding: Callable[[], bool],
-) -> None:
-    """Mount ``adapter`` on ``place`` and serve it until the mount goes or a signal comes.
+class _Session:
+    """One FUSE session: mounts ``adapter`` on ``place`` and serves it until the mount goes or a signal comes.
 
-    ``begin`` runs once requests are served; what it raises ends the session and is raised here. ``end`` runs when a
-    signal asks us to go, before the session is closed.
+    ``begin`` runs once requests are served; what it raises ends the session and is raised by `run`. ``end`` runs when a
+    signal asks us to go, before the session is closed. ``decoding`` says whether worker threads have work.
     """
-    import pyfuse3  # noqa: PLC0415 (only what mounts may need FUSE)
-    import trio  # noqa: PLC0415
 
-    class Waiting(_Waiting, trio.abc.Instrument):
-        pass
+    def __init__(
+        self,
+        adapter: pyfuse3.Operations,
+        place: Path,
+        begin: Callable[[], Awaitable[None]],
+        end: Callable[[], Awaitable[None]],
+        decoding: Callable[[], bool],
+    ) -> None:
+        self._adapter = adapter
+        self._place = place
+        self._begin = begin
+        self._end = end
+        self._decoding = decoding
+        self._failed: OcifsError | None = None
 
-    waiting = Waiting(decoding)
+    def run(self, options: set[str]) -> None:
+        """Mount with ``options``, serve, unmount. Raises `MachineError` if mounting fails."""
+        import pyfuse3  # noqa: PLC0415 (only what mounts may need FUSE)
+        import trio  # noqa: PLC0415
 
-    failed: list[OcifsError] = []
+        class Waiting(_Waiting, trio.abc.Instrument):
+            pass
 
-    async def obey(ready: trio.Event) -> None:
+        signal.signal(signal.SIGALRM, lambda *_: None)
+        _give_back_spans()
+        # A signal between mounting and listening would end us without unmounting: let it wait.
+        _hold_signals()
+        try:
+            pyfuse3.init(self._adapter, str(self._place), options)
+        except RuntimeError as error:
+            message = f"mounting on {self._place} failed ({error}); 'ocifs doctor' says what this machine lacks"
+            raise MachineError(message) from error
+        ours = mounted_at(self._place)
+        waiting = Waiting(self._decoding)
+        try:
+            waiting.watch(_session_fd())
+            trio.run(self._serve, instruments=[waiting])
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            # libfuse unmounts by name. After a lazy unmount something else may be mounted there by now; after a parent
+            # directory was renamed the mount is elsewhere.
+            here = mounted_at(self._place) == ours
+            if not here:
+                _detach_moved(ours)
+            pyfuse3.close(unmount=here)
+        if self._failed is not None:
+            raise self._failed
+
+    async def _serve(self) -> None:
+        import pyfuse3  # noqa: PLC0415
+        import trio  # noqa: PLC0415
+
+        async with trio.open_nursery() as nursery:
+            listening, begun = trio.Event(), trio.Event()
+            nursery.start_soon(self._obey, listening, begun)
+            await listening.wait()
+            nursery.start_soon(self._start, begun)
+            # Each worker beyond the first is started under load and takes a 1 MiB buffer; have some from the start.
+            await pyfuse3.main(min_tasks=8)
+            _hold_signals()
+            nursery.cancel_scope.cancel()
+
+    async def _obey(self, listening: trio.Event, begun: trio.Event) -> None:
+        """End the session when a signal asks for it."""
+        import pyfuse3  # noqa: PLC0415
+        import trio  # noqa: PLC0415
+
         with trio.open_signal_receiver(*_ending_signals()) as received:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _ending_signals())
-            ready.set()
+            listening.set()
             async for number in received:
                 _log.info("ending on %s", signal.Signals(number).name)
-                await end()
+                # What has begun asks us things, and must not be left without an answer.
+                await begun.wait()
+                await self._end()
+                _hold_signals()
                 pyfuse3.terminate()
                 return
 
-    async def start() -> None:
+    async def _start(self, begun: trio.Event) -> None:
+        import pyfuse3  # noqa: PLC0415
+
         try:
-            await begin()
+            await self._begin()
         except OcifsError as error:
-            failed.append(error)
+            self._failed = error
             pyfuse3.terminate()
+        except OSError as error:
+            self._failed = MachineError(f"the mount on {self._place} did not answer: {error.strerror}")
+            pyfuse3.terminate()
+        finally:
+            begun.set()
 
-    async def session() -> None:
-        async with trio.open_nursery() as nursery:
-            listening = trio.Event()
-            nursery.start_soon(obey, listening)
-            await listening.wait()
-            nursery.start_soon(start)
-            # Each worker beyond the first is started under load and takes a 1 MiB buffer; have some from the start.
-            await pyfuse3.main(min_tasks=8)
-            nursery.cancel_scope.cancel()
 
-    signal.signal(signal.SIGALRM, lambda *_: None)
-    _give_back_spans()
-    # A signal between mounting and listening would end us without unmounting: let it wait.
+def _hold_signals() -> None:
+    """Let signals that ask us to end wait: while mounting, and once we are ending, which must happen in order."""
     signal.pthread_sigmask(signal.SIG_BLOCK, _ending_signals())
-    try:
-        pyfuse3.init(adapter, str(place), options)
-    except RuntimeError as error:
-        message = f"mounting on {place} failed ({error}); 'ocifs doctor' says what this machine lacks"
-        raise MachineError(message) from error
-    ours = mounted_at(place)
-    try:
-        waiting.watch(_session_fd())
-        trio.run(session, instruments=[waiting])
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        # After a lazy unmount something else may be mounted there by now, and libfuse unmounts by name.
-        pyfuse3.close(unmount=mounted_at(place) == ours)
-    if failed:
-        raise failed[0]
+
+
+def _detach_moved(ours: MountEntry | None) -> None:
+    """Take a mount down where it is now, if it still is somewhere."""
+    moved = mount_of(ours.device) if ours is not None else None
+    if moved is not None and ours is not None and moved.number == ours.number:
+        with contextlib.suppress(OcifsError):  # not root: who unmounts it finds it dead
+            kernel.unmount(moved.mountpoint, flags=kernel.MNT_DETACH)
 
 
 def _ending_signals() -> set[signal.Signals]:
@@ -255,7 +298,8 @@ def _ending_signals() -> set[signal.Signals]:
 async def _in_thread(function: Callable[..., object], *arguments: object) -> None:
     import trio  # noqa: PLC0415
 
-    await trio.to_thread.run_sync(lambda: function(*arguments))
+    # Abandoned if the session ends: then nobody is left to answer what the thread may be waiting for.
+    await trio.to_thread.run_sync(lambda: function(*arguments), abandon_on_cancel=True)
 
 
 def _raise_readahead(device: int) -> None:
@@ -269,20 +313,26 @@ def _raise_readahead(device: int) -> None:
 
 
 def serve_fuse(
-    trees: Sequence[RootFS], mountpoint: Path, options: Sequence[str], reference: str, on_ready: Callable[[], None]
+    trees: Sequence[RootFS], mountpoint: Path, options: Sequence[str], reference: str, on_ready: Callable[[int], None]
 ) -> None:
-    """Serve ``trees`` at ``mountpoint`` until the mount ends. ``on_ready`` is called once a stat(2) was answered.
+    """Serve ``trees`` at ``mountpoint`` until the mount ends.
+
+    ``on_ready`` is called once a stat(2) was answered, with the mount's st_dev.
 
     Raises `MachineError` if mounting fails.
     """
     from ocifs.fuse import Adapter  # noqa: PLC0415
 
+    device = 0
+
     def prove() -> None:
-        _raise_readahead(os.stat(mountpoint).st_dev)
+        nonlocal device
+        device = os.stat(mountpoint).st_dev
+        _raise_readahead(device)
 
     async def begin() -> None:
         await _in_thread(prove)
-        on_ready()
+        on_ready(device)
 
     async def end() -> None:
         pass  # pyfuse3 unmounts
@@ -290,7 +340,7 @@ def serve_fuse(
     def decoding() -> bool:
         return any(tree.spans.decoding() for tree in trees)
 
-    _run_session(Adapter(trees), mountpoint, _libfuse_options(options, reference), begin, end, decoding)
+    _Session(Adapter(trees), mountpoint, begin, end, decoding).run(_libfuse_options(options, reference))
 
 
 def serve_erofs(
@@ -299,7 +349,7 @@ def serve_erofs(
     mountpoint: Path,
     private: Path,
     options: Sequence[str],
-    on_ready: Callable[[], None],
+    on_ready: Callable[[int], None],
 ) -> None:
     """Mount EROFS at ``mountpoint``, its files served by us at ``private``; serve until the mount ends.
 
@@ -320,20 +370,18 @@ def serve_erofs(
         _raise_readahead(os.stat(mountpoint).st_dev)
 
     def unmount() -> None:
-        if ours is not None and mounted_at(mountpoint) == ours:
-            # Whoever still uses the mount keeps it, but loses us: what the kernel has not cached reads EIO from then on.
-            with contextlib.suppress(OcifsError):
-                kernel.unmount(os.fsencode(mountpoint), flags=kernel.MNT_DETACH)
+        # Whoever still uses the mount keeps it, but loses us: what the kernel has not cached cannot be read from then on.
+        _detach_moved(ours)
 
     async def begin() -> None:
         await _in_thread(mount)
-        on_ready()
+        on_ready(ours.device if ours else 0)
 
     async def end() -> None:
         await _in_thread(unmount)
 
     words = {"ro", "nosuid", "nodev", "noexec", "subtype=ocifs-devices", "fsname=ocifs"}
-    _run_session(DeviceAdapter(files), private, words, begin, end, decoding)
+    _Session(DeviceAdapter(files), private, begin, end, decoding).run(words)
 
 
 # -- which of them -------------------------------------------------------------------------------------------------
@@ -347,6 +395,8 @@ class Verdict(msgspec.Struct, frozen=True):
 
     works: bool
     reason: str = ""
+    lasting: bool = True
+    """Whether it will be so until the next boot; not if the probe itself could not run."""
 
 
 def erofs_verdict(runtime: Path) -> Verdict:
@@ -366,8 +416,10 @@ def erofs_verdict(runtime: Path) -> Verdict:
         if (seen.boot, seen.release) == (boot, release):
             return seen.verdict
     verdict = probe(runtime)
-    with contextlib.suppress(OSError):  # a full disk, or another mount that keeps its own verdict now: asked again then
-        new = kept.with_suffix(".new")
+    if not verdict.lasting:
+        return verdict
+    with contextlib.suppress(OSError):  # a full disk: it will be probed again
+        new = kept.with_suffix(f".{os.getpid()}.new")
         new.write_bytes(msgspec.json.encode(_Probed(boot, release, verdict)))
         new.rename(kept)
     return verdict
@@ -421,43 +473,48 @@ def probe(runtime: Path) -> Verdict:
 
     The session runs in a process of its own, and the file is read by this one.
     """
-    place = runtime / f"probe.{os.getpid()}"
     try:
-        (place / "private").mkdir(mode=0o700, parents=True)
+        place = Path(tempfile.mkdtemp(prefix="probe.", dir=runtime))
+    except OSError as error:
+        return Verdict(works=False, reason=f"the probe has no place to run: {error}", lasting=False)
+    try:
+        (place / "private").mkdir(mode=0o700)
         (place / "mnt").mkdir(mode=0o700)
         return _probe_at(place)
     except OSError as error:
-        return Verdict(works=False, reason=f"the probe could not run: {error}")
+        return Verdict(works=False, reason=f"the probe could not run: {error}", lasting=False)
     finally:
-        with contextlib.suppress(OcifsError):
-            kernel.unmount(os.fsencode(place / "mnt"), flags=kernel.MNT_DETACH)
         for name in ("mnt", "private", ""):
             with contextlib.suppress(OSError):
                 (place / name).rmdir()
 
 
 def _probe_at(place: Path) -> Verdict:
-    command = [sys.executable, "-m", "ocifs.driver", str(place)]
-    with subprocess.Popen(  # noqa: S603 (no shell; our own interpreter and module)
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-    ) as child:
-        try:
-            if child.stdout is None or not select.select([child.stdout], [], [], _PROBE_TIME)[0]:
-                return Verdict(works=False, reason="the probe's mount did not answer")
-            told = child.stdout.readline().decode().strip()
-            if told != "ready":
-                return Verdict(works=False, reason=told or "the probe ended without a word")
-            return _probe_read(place / "mnt" / "file")
-        finally:
+    told, tell = os.pipe2(os.O_CLOEXEC)
+    # Forked, not started anew: a new interpreter would look for its modules where whoever called us likes.
+    child = os.fork()
+    if child == 0:
+        _serve_probe(place, tell)
+    os.close(tell)
+    ended = os.pidfd_open(child)
+    try:
+        with os.fdopen(told, "rb") as pipe:
+            if not select.select([pipe], [], [], _PROBE_TIME)[0]:
+                return Verdict(works=False, reason="the probe's mount did not answer", lasting=False)
+            answer = pipe.readline().decode(errors="backslashreplace").strip()
+        if answer != "ready":
+            return Verdict(works=False, reason=answer or "the probe ended without a word", lasting=False)
+        return _probe_read(place / "mnt" / "file")
+    finally:
+        for name in ("mnt", "private"):
             with contextlib.suppress(OcifsError):
-                kernel.unmount(os.fsencode(place / "mnt"))
-            child.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(_PROBE_TIME)
-            child.kill()
+                kernel.unmount(os.fsencode(place / name), flags=kernel.MNT_DETACH)
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(ended, signal.SIGTERM)
+        if not select.select([ended], [], [], _PROBE_TIME)[0]:
+            signal.pidfd_send_signal(ended, signal.SIGKILL)
+        os.close(ended)
+        os.waitpid(child, 0)
 
 
 def _probe_read(path: Path) -> Verdict:
@@ -492,8 +549,28 @@ class _Bytes(NamedTuple):
         return self.data[offset : offset + size]
 
 
-def _serve_probe(place: Path) -> None:
-    """Be the probe's session: a file of two pages, the second of which cannot be read."""
+def _serve_probe(place: Path, tell: int) -> NoReturn:
+    """Be the probe's session, in a process of its own: a file of two pages, the second of which cannot be read."""
+
+    def ready(_: int) -> None:
+        os.write(tell, b"ready\n")
+
+    try:
+        null = os.open(os.devnull, os.O_RDWR)
+        for stream in (0, 1, 2):
+            os.dup2(null, stream)
+        logging.disable()  # that the device fails is as it should be
+        try:
+            files = [_Bytes(tree := _probe_tree(), len(tree)), _Bytes(_GOOD, 2 * len(_GOOD))]
+            serve_erofs(files, bool, place / "mnt", place / "private", _ALWAYS, ready)
+        except OcifsError as error:
+            os.write(tell, f"{error}\n".encode(errors="backslashreplace"))
+    finally:
+        # What is above on the stack is the parent's.
+        os._exit(0)
+
+
+def _probe_tree() -> bytes:
     import io  # noqa: PLC0415
 
     from ocifs.erofs import Encoder  # noqa: PLC0415
@@ -501,17 +578,7 @@ def _serve_probe(place: Path) -> None:
 
     origin, size = Origin(1, 0), 2 * len(_GOOD)
     file = Node(Kind.FILE, origin, mode=0o444, size=size, extents=(Extent(0, 1, 0, size),))
-    root = Node(Kind.DIR, origin, children={b"file": file})
     out = io.BytesIO()
-    Encoder(root, layers=[("probe", size)], uuid=bytes(16)).write(out)
+    Encoder(Node(Kind.DIR, origin, children={b"file": file}), layers=[("probe", size)], uuid=bytes(16)).write(out)
     tree = out.getvalue()
-    tree += bytes(-len(tree) % 4096)
-    files = [_Bytes(tree, len(tree)), _Bytes(_GOOD, size)]
-    try:
-        serve_erofs(files, bool, place / "mnt", place / "private", _ALWAYS, lambda: print("ready", flush=True))  # noqa: T201
-    except OcifsError as error:
-        print(error, flush=True)  # noqa: T201
-
-
-if __name__ == "__main__":
-    _serve_probe(Path(sys.argv[1]))
+    return tree + bytes(-len(tree) % 4096)

@@ -46,6 +46,9 @@ FOREVER = 10**9
 ATTRIBUTES_KEPT = 64 << 10
 """EntryAttributes objects kept for reuse: 295 bytes each, 19 MB at most."""
 
+COMPLAINTS_KEPT = 1000
+"""Different failures that are told apart, so that each is logged at its 1st, 2nd, 4th, 8th, … time only."""
+
 BLKSIZE = 128 << 10
 """st_blksize: what stdio and cp take as their buffer, and the largest read the kernel sends without being asked."""
 
@@ -67,7 +70,7 @@ def _answering(
             raise
         except OcifsError as error:
             self.errors += 1
-            _log.error("%s: %s", operation.__name__, error)
+            self.complain(f"{operation.__name__}: {error}")
             raise pyfuse3.FUSEError(error.errno) from error
         except Exception as error:
             self.errors += 1
@@ -86,6 +89,18 @@ class _ReadOnly(pyfuse3.Operations):
     def __init__(self) -> None:
         super().__init__()
         self.errors = 0
+        self._complaints: OrderedDict[str, int] = OrderedDict()
+
+    def complain(self, message: str) -> None:
+        """Log a failure; one that comes again and again (anybody can read a damaged file in a loop) ever more rarely."""
+        count = self._complaints.pop(message, 0) + 1
+        self._complaints[message] = count
+        if len(self._complaints) > COMPLAINTS_KEPT:
+            self._complaints.popitem(last=False)
+        if count == 1:
+            _log.error("%s", message)
+        elif count & (count - 1) == 0:
+            _log.error("%s (%d times)", message, count)
 
     async def forget(self, inode_list: Sequence[tuple[pyfuse3.InodeT, int]]) -> None:
         """FORGET: nothing to do, inode numbers are for ever."""

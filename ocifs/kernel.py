@@ -88,9 +88,18 @@ def _create(source: bytes, devices: Sequence[bytes], flags: Sequence[str], attri
 
 
 def unmount(target: bytes, *, flags: int = 0) -> None:
-    """umount2(2): end the mount on ``target``. Raises `MachineError`."""
+    """End the mount on ``target``. Raises `MachineError`."""
+    try:
+        umount2(target, flags)
+    except OSError as error:
+        raise MachineError(f"cannot unmount {os.fsdecode(target)}: {error.strerror}") from error
+
+
+def umount2(target: bytes, flags: int) -> None:
+    """Make the system call itself. Raises `OSError`."""
     if _libc.umount2(ctypes.c_char_p(target), ctypes.c_int(flags)):
-        raise MachineError(f"cannot unmount {os.fsdecode(target)}: {os.strerror(ctypes.get_errno())}")
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), os.fsdecode(target))
 
 
 def _call(name: str, number: int, *arguments: int | bytes | None) -> int:

@@ -5,6 +5,7 @@ Not here: mounting, unmounting, and which mounts are ours.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -33,13 +34,21 @@ def _unescape(field: bytes) -> bytes:
 def mounts() -> list[MountEntry]:
     """Every mount this process sees, in mount order (a later one hides an earlier one at the same place)."""
     found = []
-    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
+    # Not splitlines(): the kernel escapes newlines in names, but not the other bytes that it takes for one.
+    for line in Path("/proc/self/mountinfo").read_bytes().split(b"\n"):
         left, _, right = line.partition(b" - ")
         fields, tail = left.split(b" "), right.split(b" ")
-        major, _, minor = fields[2].partition(b":")
-        device = os.makedev(int(major), int(minor))
-        found.append(MountEntry(int(fields[0]), _unescape(fields[4]), tail[0].decode(), _unescape(tail[1]), device))
+        with contextlib.suppress(ValueError, IndexError):  # somebody else's mount is no reason to fail
+            major, minor = fields[2].split(b":")
+            device = os.makedev(int(major), int(minor))
+            kind = tail[0].decode(errors="backslashreplace")
+            found.append(MountEntry(int(fields[0]), _unescape(fields[4]), kind, _unescape(tail[1]), device))
     return found
+
+
+def mount_of(device: int) -> MountEntry | None:
+    """What shows the file system with this st_dev, wherever it is now; the topmost if there are several."""
+    return next((entry for entry in reversed(mounts()) if entry.device == device), None)
 
 
 def mounted_at(path: str | os.PathLike[str]) -> MountEntry | None:

@@ -121,9 +121,7 @@ class RootFS:
 
     async def read(self, ino: int, offset: int, size: int) -> bytes | memoryview:
         """``size`` bytes of a file at ``offset``; fewer at its end. One span in the cache costs no copy and no thread."""
-        parts: list[bytes | memoryview] = []
-        for layer, layer_offset, length in self.tree.extents(ino, offset, size):
-            parts += await self.spans.read(layer, layer_offset, length) if layer else [bytes(length)]
+        parts = await self.spans.gather(self.tree.extents(ino, offset, size))
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def read_blocking(self, ino: int, offset: int, size: int) -> bytes | memoryview:

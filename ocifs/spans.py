@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from ocifs.errors import DamagedError, OcifsError
@@ -41,6 +41,10 @@ DEFAULT_CACHE = 128 << 20
 
 SLACK = 256 << 10
 """Bytes decoded beyond what a reader of a cold span asked for: 256 KiB, some readahead and a few small files."""
+
+
+_PIECES = 256
+"""Pieces of one read after which other requests get their turn: about 3 ms."""
 
 
 class SpanKey(NamedTuple):
@@ -124,6 +128,20 @@ class SpanReader:
             parts.append(memoryview(data)[start:stop])
             got += stop - start
         _check_length(layer, got, size)
+        return parts
+
+    async def gather(self, pieces: Iterable[tuple[int, int, int]]) -> list[bytes | memoryview]:
+        """Read pieces, (layer, layer_offset, size) each, one behind the other; layer 0 stands for zeros.
+
+        A sparse file made to hurt has a piece for every byte, so others are let in between.
+        """
+        parts: list[bytes | memoryview] = []
+        for count, (layer, layer_offset, size) in enumerate(pieces, 1):
+            parts += await self.read(layer, layer_offset, size) if layer else [bytes(size)]
+            if count % _PIECES == 0:
+                import trio  # noqa: PLC0415
+
+                await trio.lowlevel.checkpoint()
         return parts
 
     def read_blocking(self, layer: int, layer_offset: int, size: int) -> list[memoryview]:

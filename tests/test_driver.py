@@ -209,7 +209,7 @@ def test_a_kept_verdict_that_is_rubbish_is_probed_again(
 
 
 def test_a_verdict_that_cannot_be_kept_counts_all_the_same(machine: SimpleNamespace, tmp_path: Path) -> None:
-    (tmp_path / "erofs-probe.new").mkdir()
+    (tmp_path / "erofs-probe.json").mkdir()  # nothing can take its place
     assert erofs_verdict(tmp_path) == WORKS
     assert erofs_verdict(tmp_path) == WORKS
     assert machine.probes == 2

@@ -47,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     An expected failure is one sentence on standard error and the status its class carries. Whoever reads standard
     output and goes away ends us as it ends cat(1): by SIGPIPE, without a word.
     """
+    _fill_standard_streams()
     from ocifs.cli.commands import ocifs  # noqa: PLC0415 (commands imports what this module offers)
     from ocifs.cli.output import complain, discard_output, flush, sentence  # noqa: PLC0415
 
@@ -78,6 +79,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:  # noqa: BLE001 (the last boundary: a bug must read like one, not like a crash)
         return _bug(error)
     return 0
+
+
+def _fill_standard_streams() -> None:
+    """Open what whoever started us had closed: else the next file that is opened takes its place, and its output."""
+    for stream in range(3):
+        try:
+            os.fstat(stream)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number: this one
 
 
 def _after_output(status: int) -> int:
