@@ -1,0 +1,183 @@
+"""Mounts that are ended at bad moments, moved, or have names that programs trip over.
+
+Not here: the ordinary life of a mount (`test_mount_lifecycle`).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ocifs import mountinfo
+from tests.support import layout
+from tests.support.mounting import (
+    LIMIT,
+    Process,
+    agent,
+    command,
+    environment,
+    force_away,
+    in_mountinfo,
+    mounted,
+    ocifs,
+    patched,
+    record_of,
+    run,
+    why_not,
+)
+from tests.support.tarball import entry, tarball
+
+CONTENT = b"content of the file\n"
+ROOT = Path(__file__).parents[1]
+DRIVERS = ["fuse", "erofs"]
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("images") / "image"
+    layout.write_layout(path, [tarball(entry("file", CONTENT), entry("dir/"))], tag="it")
+    return f"oci:{path}:it"
+
+
+@pytest.fixture(params=DRIVERS)
+def driver(request: pytest.FixtureRequest) -> str:
+    if why := why_not(request.param):
+        pytest.skip(why)
+    return str(request.param)
+
+
+EARLY = """
+import os, signal
+from ocifs import driver
+begin = driver._Session._start
+async def start(self, begun):
+    os.kill(os.getpid(), signal.SIGTERM)
+    await begin(self, begun)
+driver._Session._start = start
+"""
+"""Has SIGTERM arrive when requests are served already and the mount is about to be proved."""
+
+TWICE = """
+import os, signal
+from ocifs import driver
+hold, calls = driver._hold_signals, []
+def hold_and_send():
+    hold()
+    calls.append(None)
+    if len(calls) > 1:  # the first call is before mounting
+        os.kill(os.getpid(), signal.SIGTERM)
+driver._hold_signals = hold_and_send
+"""
+"""Has a second SIGTERM arrive when the first has begun to end the session."""
+
+
+def test_a_signal_that_comes_before_the_mount_is_ready_ends_it(image: str, tmp_path: Path, driver: str) -> None:
+    path = tmp_path / "mnt"
+    path.mkdir()
+    words = ["mount", "--foreground", "--driver", driver, "--cache-dir", str(tmp_path / "cache"), image, str(path)]
+    try:
+        done = run(patched(EARLY, *words))
+        assert done.returncode == 0, done.stderr
+        assert not in_mountinfo(path)
+        assert record_of(path) is None
+    finally:
+        force_away(path)
+
+
+def test_a_second_signal_does_not_keep_the_first_from_ending_in_order(image: str, tmp_path: Path, driver: str) -> None:
+    with mounted(image, tmp_path / "mnt", driver=driver, cache=tmp_path / "cache", code=TWICE, ended=True) as mount:
+        mount.process.signal(signal.SIGTERM)
+        assert mount.process.gone()
+        assert not in_mountinfo(mount.path)
+        assert record_of(mount.path) is None
+
+
+def test_a_mount_moved_with_its_parent_is_listed_and_unmounted_where_it_is(
+    image: str, tmp_path: Path, driver: str
+) -> None:
+    before, after = tmp_path / "before", tmp_path / "after"
+    with mounted(image, before / "mnt", driver=driver, cache=tmp_path / "cache", ended=True) as mount:
+        before.rename(after)
+        try:
+            assert record_of(after / "mnt") is not None
+            assert record_of(before / "mnt") is None
+            done = ocifs("umount", after / "mnt")
+            assert done.returncode == 0, done.stderr
+            assert mount.process.gone()
+            assert not in_mountinfo(after / "mnt")
+        finally:
+            force_away(after / "mnt")
+
+
+def test_a_signal_ends_a_mount_that_was_moved_with_its_parent(image: str, tmp_path: Path, driver: str) -> None:
+    before, after = tmp_path / "before", tmp_path / "after"
+    with mounted(image, before / "mnt", driver=driver, cache=tmp_path / "cache", ended=True) as mount:
+        before.rename(after)
+        try:
+            mount.process.signal(signal.SIGTERM)
+            assert mount.process.gone()
+            assert not in_mountinfo(after / "mnt")
+        finally:
+            force_away(after / "mnt")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a tmpfs")
+@pytest.mark.parametrize("name", [b"car\rriage", b"vertical\x0btab", b"next\x85line", b"\xff\xfe"])
+def test_somebody_elses_mount_of_any_name_is_no_obstacle(tmp_path: Path, name: bytes) -> None:
+    path = os.fsencode(tmp_path) + b"/" + name
+    os.mkdir(path)
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", path], check=True)
+    try:
+        assert [entry.fs_type for entry in mountinfo.mounts() if entry.mountpoint == path] == ["tmpfs"]
+        assert ocifs("ps").returncode == 0
+    finally:
+        subprocess.run(["umount", path], check=True)
+
+
+@pytest.mark.parametrize("name", [b"car\rriage", b"\xff\xfe not text"])
+def test_mount_points_of_any_bytes(image: str, tmp_path: Path, driver: str, name: bytes) -> None:
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name))
+    path.mkdir()
+    try:
+        done = ocifs("mount", "--driver", driver, "--cache-dir", tmp_path / "cache", image, path)
+        assert done.returncode == 0, done.stderr
+        record = record_of(path)
+        assert record is not None
+        process = Process(record["pid"])
+        assert agent("read", f"{path}/file", 0, 100) == CONTENT.hex()
+        assert ocifs("umount", path).returncode == 0
+        assert process.gone()
+    finally:
+        force_away(path)
+
+
+def test_standard_streams_that_are_closed_do_no_harm(image: str, tmp_path: Path) -> None:
+    path = tmp_path / "mnt"
+    path.mkdir()
+    words = command("mount", "--cache-dir", tmp_path / "cache", image, path)
+    shell = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *words]
+    try:
+        assert subprocess.run(shell, env=environment(), timeout=LIMIT, check=False).returncode == 0
+        assert agent("read", f"{path}/file", 0, 100) == CONTENT.hex()
+        assert ocifs("umount", path).returncode == 0
+    finally:
+        force_away(path)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root probes")
+def test_the_probe_loads_nothing_from_where_it_is_run(tmp_path: Path) -> None:
+    """Root may run ``ocifs doctor`` in a directory that belongs to somebody else."""
+    hostile, runtime = tmp_path / "hostile", tmp_path / "runtime"
+    hostile.mkdir()
+    runtime.mkdir(mode=0o700)
+    for name in ("ctypes", "msgspec", "trio", "pyfuse3", "ocifs", "io", "tempfile"):
+        (hostile / f"{name}.py").write_text(f"open({str(tmp_path / 'run')!r}, 'a').write({name!r})\n")
+    code = f"from pathlib import Path; from ocifs import driver; driver.probe(Path({str(runtime)!r}))"
+    run([sys.executable, "-P", "-c", code], cwd=hostile)
+    assert not (tmp_path / "run").exists()
+    assert list(runtime.iterdir()) == []
