@@ -46,6 +46,10 @@ class DamagedError(OcifsError):
     exit_code = 4
 
 
+class CacheDamagedError(DamagedError):
+    """A file of our own cache is damaged, not the image: whoever finds out discards it, and it is built again."""
+
+
 class UnsupportedError(OcifsError):
     """The input is sound but of a kind ocifs does not handle: schema 1, encrypted or foreign layers, … (exit 5)."""
 

@@ -41,14 +41,14 @@ import hashlib
 import mmap
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import BinaryIO, Final, NamedTuple, NoReturn, Self
 
 import msgspec
 
 from ocifs.erofs import Encoder, Image
-from ocifs.errors import DamagedError, MachineError, StaleFormatError, UnsupportedError
+from ocifs.errors import CacheDamagedError, MachineError, StaleFormatError, UnsupportedError
 from ocifs.tree import Origin, Tree, Warned
 
 FORMAT_VERSION: Final = 1
@@ -224,6 +224,8 @@ class ImageTree:
 
     def __init__(self, mapped: mmap.mmap, name: str) -> None:
         """See `open`; ``name`` is for messages."""
+        self.on_damage: Callable[[], None] | None = None
+        """Called when damage is found after the file was opened, before the error is raised."""
         self._map = mapped
         self._name = name
         if len(mapped) < _FOOTER.size:
@@ -282,7 +284,7 @@ class ImageTree:
             descriptor = file if isinstance(file, int) else os.open(file, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 if not os.fstat(descriptor).st_size:
-                    raise DamagedError(f"the image tree {shown} is damaged: it is empty")
+                    raise CacheDamagedError(f"the image tree {shown} is damaged: it is empty")
                 mapped = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
             finally:
                 if not isinstance(file, int):
@@ -306,7 +308,9 @@ class ImageTree:
         self.close()
 
     def _damaged(self, what: str) -> NoReturn:
-        raise DamagedError(
+        if self.on_damage is not None:
+            self.on_damage()
+        raise CacheDamagedError(
             f"the image tree {self._name} is damaged: {what}; run 'ocifs cache clear' to have it built again"
         )
 

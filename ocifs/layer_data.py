@@ -6,10 +6,14 @@ keeping is kept by `ocifs.spans`, which bounds it over all layers. Safe to call 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
+from ocifs.errors import CacheDamagedError
 from ocifs.layer_index import LayerIndex
+
+_log = logging.getLogger(__name__)
 
 
 class Bytes(Protocol):
@@ -40,12 +44,18 @@ class SpanSlice(NamedTuple):
 class LayerData:
     """One layer's uncompressed tar. ``number`` counts from 1."""
 
-    def __init__(self, number: int, index: LayerIndex, stored: Bytes) -> None:
-        """Read spans of ``index`` from ``stored``: the blob, or its re-framed copy if the index says so."""
+    def __init__(
+        self, number: int, index: LayerIndex, stored: Bytes, on_damage: Callable[[], None] | None = None
+    ) -> None:
+        """Read spans of ``index`` from ``stored``: the blob, or its re-framed copy if the index says so.
+
+        ``on_damage`` is called, in any thread, when index or copy turn out damaged.
+        """
         self.number = number
         self.index = index
         self.size = index.layer_size
         self._stored = stored
+        self._on_damage = on_damage
 
     def slices(self, layer_offset: int, size: int) -> Iterator[SpanSlice]:
         """Say which parts of which spans hold ``size`` bytes at ``layer_offset``; nothing beyond the layer's end."""
@@ -63,9 +73,16 @@ class LayerData:
     def decode(self, span: int, need: int | None = None) -> bytes | memoryview:
         """Read, verify and inflate one span, or its first ``need`` bytes; blocking.
 
-        Raises `DamagedError` naming blob, span and offset.
+        Raises `DamagedError` naming blob, span and offset; `CacheDamagedError` if our own files are to blame, which the
+        next one that opens the layer then builds again.
         """
-        return self.index.decode(span, self._stored.read_at, need)
+        try:
+            return self.index.decode(span, self._stored.read_at, need)
+        except CacheDamagedError as error:
+            if self._on_damage is not None:
+                _log.warning("%s; it is built again when the layer is opened next", error)
+                self._on_damage()
+            raise
 
     def close(self) -> None:
         """Close the index and the blob."""

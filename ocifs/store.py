@@ -20,8 +20,18 @@ Locks are flock(2) locks: they vanish with their process. An entry in use is loc
 `gc` and `clear` take only what they can lock exclusively. A reader that loses the race (opened, not yet locked, unlinked)
 still holds a whole file: entries are never changed in place.
 
+Such a lock belongs to the open file, which a child forked meanwhile has open, too. So an exclusive lock is never given up
+by closing alone, which would leave it with every index pass that happens to run, but by unlocking.
+
+What is swept
+    Opening the store removes from ``tmp`` and ``locks`` what killed processes left: files that nobody has locked.
+    A process that added entries looks at the total once, when it has opened what it wanted or closes the store: what
+    exceeds `DEFAULT_LIMIT` (or the environment's ``OCIFS_CACHE_SIZE``) is evicted, re-framed copies first and least
+    recently used first (`Store.keep_bounded`). What is in use never is, so the limit can be exceeded by that.
+
 Trust: whoever can write this directory decides what root's kernel mounts. So a cache that belongs to somebody else, or
-that group or others can write, is refused, and everything is reached through the directory's descriptor, not its path.
+that group or others can write, is refused, and so is somebody else's symbolic link to one. Everything is reached through
+the directory's descriptor, not its path.
 """
 
 from __future__ import annotations
@@ -32,6 +42,7 @@ import errno
 import fcntl
 import logging
 import os
+import re
 import secrets
 import stat
 import time
@@ -39,7 +50,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Self, TypeVar
 
-from ocifs.errors import DamagedError, MachineError, StaleFormatError
+from ocifs.errors import CacheDamagedError, DamagedError, MachineError, OcifsError, StaleFormatError, UsageError
 
 _log = logging.getLogger(__name__)
 
@@ -47,6 +58,10 @@ Loaded = TypeVar("Loaded")
 
 DEFAULT_LIMIT = 20 << 30
 """Bytes that `Store.gc` leaves by default: 20 GiB. An index takes about 1 % of its blob, a re-framed copy about 110 %."""
+
+_SIZE = re.compile(r"([0-9]{1,15})([KMGT]?)(?:i?B)?", re.IGNORECASE | re.ASCII)
+_MEDIUM = frozenset({errno.EIO, errno.EUCLEAN, errno.EBADMSG, errno.ENODATA, errno.ESTALE})
+"""What reading a file answers when the bytes are lost; building it again writes them elsewhere."""
 
 
 class Kind(enum.Enum):
@@ -85,6 +100,21 @@ def default_path() -> Path:
     return (Path(base) if base.startswith("/") else Path.home() / ".cache") / "ocifs"
 
 
+def size_limit() -> int:
+    """Bytes the cache may grow to: ``OCIFS_CACHE_SIZE`` (``500M``, ``20GiB``, ``0``), else `DEFAULT_LIMIT`.
+
+    Raises `UsageError` if the variable is set to something else.
+    """
+    text = os.environ.get("OCIFS_CACHE_SIZE", "").strip()
+    if not text:
+        return DEFAULT_LIMIT
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        message = f"OCIFS_CACHE_SIZE is {text!r}, which is not a size such as 500M or 20GiB"
+        raise UsageError(message)
+    return int(match[1]) << 10 * " KMGT".index(match[2].upper() or " ")
+
+
 @contextlib.contextmanager
 def _said_plainly(path: Path, doing: str) -> Iterator[None]:
     """Turn an OSError into a sentence that names the cache directory and what helps."""
@@ -93,6 +123,8 @@ def _said_plainly(path: Path, doing: str) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             advice = "free some space, run 'ocifs cache gc', or choose another place with --cache-dir"
+        elif error.errno in (errno.EMFILE, errno.ENFILE):
+            advice = "every layer needs a few: raise the limit with 'ulimit -n'"
         else:
             advice = "choose another place with --cache-dir or OCIFS_CACHE_DIR"
         message = f"cannot {doing} the cache directory {path}: {error.strerror}; {advice}"
@@ -109,8 +141,26 @@ class StoredFile:
         self.size = os.fstat(fd).st_size
 
     def read_at(self, offset: int, size: int) -> bytes:
-        """``size`` bytes at ``offset``; fewer only at the file's end. Thread-safe (pread)."""
-        return os.pread(self.fd, size, offset)
+        """``size`` bytes at ``offset``; fewer only at the file's end. Thread-safe (pread).
+
+        Raises `CacheDamagedError` if the disk has lost them, `MachineError` if they cannot be read for another reason.
+        """
+        try:
+            return os.pread(self.fd, size, offset)
+        except OSError as error:
+            message = f"the cache entry {self.name} cannot be read at offset {offset}: {error.strerror}"
+            kind = CacheDamagedError if error.errno in _MEDIUM else MachineError
+            raise kind(message) from None
+
+    def discard(self) -> None:
+        """Forget the entry, so that who wants it next builds it again; this file stays readable. Never raises.
+
+        Goes by path, for the store may be closed by now, but removes only a name that stands for this very file: another
+        process may have built the entry again already.
+        """
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(self.fd), os.stat(self.name, follow_symlinks=False)):
+                os.unlink(self.name)
 
     def file_range(self) -> tuple[int, int, int]:
         """(descriptor, offset, size): the whole file, so that it can stand where a source's blob does."""
@@ -143,7 +193,12 @@ class NewFile:
             fd = os.open(
                 self._name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=store.dir_of("tmp")
             )
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX)
+            except BaseException:
+                os.close(fd)
+                os.unlink(self._name, dir_fd=store.dir_of("tmp"))
+                raise
         self.file: BinaryIO = os.fdopen(fd, "w+b")
         self._published = False
 
@@ -155,7 +210,10 @@ class NewFile:
             os.fdatasync(self.file.fileno())
             source, target = self._store.dir_of("tmp"), self._store.dir_of(self._kind.value)
             os.rename(self._name, key, src_dir_fd=source, dst_dir_fd=target)
+            # The lock has moved with the file: without this, who opens the entry waits for us and all our children.
+            fcntl.flock(self.file.fileno(), fcntl.LOCK_UN)
         self._published = True
+        self._store.grew()
 
     def __enter__(self) -> Self:
         """Nothing to do: the file is open already."""
@@ -163,11 +221,12 @@ class NewFile:
 
     def __exit__(self, *exc: object) -> None:
         """Close, and remove what was not published."""
-        with contextlib.suppress(OSError):  # a failing flush was reported by publish, or the work failed anyway
-            self.file.close()
         if not self._published:
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):  # what stays is swept later
                 os.unlink(self._name, dir_fd=self._store.dir_of("tmp"))
+        with contextlib.suppress(OSError):  # a failing flush was reported by publish, or the work failed anyway
+            fcntl.flock(self.file.fileno(), fcntl.LOCK_UN)
+            self.file.close()
 
 
 class BuildLock:
@@ -185,6 +244,9 @@ class BuildLock:
             # The name goes first: who opened it before and gets the lock now will see that it guards nothing.
             with contextlib.suppress(OSError):
                 os.unlink(self._name, dir_fd=self._directory)
+            # Not left to the close: a child that was forked meanwhile has the same open file, and so the lock.
+            with contextlib.suppress(OSError):
+                fcntl.flock(self._fd, fcntl.LOCK_UN)
             os.close(self._fd)
             self._fd = -1
 
@@ -207,7 +269,9 @@ class Store:
         somebody else.
         """
         self.path = (path or default_path()).absolute()
+        self._grew = False
         with _said_plainly(self.path, "create"):
+            self._refuse_foreign_link(self.path)
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
         with _said_plainly(self.path, "open"):
             self._root = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -234,6 +298,18 @@ class Store:
         return fd
 
     @staticmethod
+    def _refuse_foreign_link(path: Path) -> None:
+        """Refuse a symbolic link that somebody else made: he could lead us from one cache of ours to another."""
+        try:
+            status = path.lstat()
+        except FileNotFoundError:
+            return
+        if stat.S_ISLNK(status.st_mode) and status.st_uid != os.geteuid():
+            what = f"a symbolic link that belongs to user {status.st_uid}, not to you"
+            message = f"the cache directory {path} is {what}; choose another with --cache-dir"
+            raise MachineError(message)
+
+    @staticmethod
     def _refuse_foreign(fd: int, path: Path) -> None:
         status = os.fstat(fd)
         if status.st_uid != os.geteuid():
@@ -246,18 +322,23 @@ class Store:
             raise MachineError(message)
 
     def _sweep(self) -> None:
-        """Remove what killed processes left in ``tmp``: files that nobody has locked."""
-        directory = self.dir_of("tmp")
-        for name in os.listdir(directory):
-            with contextlib.suppress(OSError):  # gone, or locked: somebody is writing it
-                fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
-                try:
-                    # A writer locks right after creating; in between its file looks abandoned. Age tells them apart.
-                    if time.time() - os.fstat(fd).st_mtime > 1:
-                        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                        os.unlink(name, dir_fd=directory)
-                finally:
-                    os.close(fd)
+        """Remove what killed processes left in ``tmp`` and ``locks``: files that nobody has locked."""
+        for directory in (self.dir_of("tmp"), self.dir_of("locks")):
+            for name in os.listdir(directory):
+                with contextlib.suppress(OSError):  # gone, or locked: somebody is at work
+                    self._sweep_one(directory, name)
+
+    def _sweep_one(self, directory: int, name: str) -> None:
+        # For writing, because NFS gives an exclusive lock to nobody else.
+        fd = os.open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
+        try:
+            # Who writes locks right after creating; in between the file looks abandoned. Age tells them apart.
+            if time.time() - os.fstat(fd).st_mtime > 1:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if self._names(directory, name, fd):
+                    os.unlink(name, dir_fd=directory)
+        finally:
+            os.close(fd)
 
     def dir_of(self, name: str) -> int:
         """Descriptor of one of the directories in the layout above."""
@@ -267,7 +348,8 @@ class Store:
         """The entry, locked against eviction; None if there is none. Marks it as used now."""
         with _said_plainly(self.path, "read"):
             try:
-                fd = os.open(key, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.dir_of(kind.value))
+                flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+                fd = os.open(key, flags, dir_fd=self.dir_of(kind.value))
             except FileNotFoundError:
                 return None
             try:
@@ -303,7 +385,13 @@ class Store:
             with _said_plainly(self.path, "write to"):
                 fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=directory)
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise
+                except OSError as error:
+                    message = f"cannot lock {name} in the cache directory {self.path}: {error.strerror}"
+                    raise MachineError(message) from error
                 if self._names(directory, name, fd):
                     return BuildLock(directory, name, fd)
             except BaseException:
@@ -367,9 +455,9 @@ class Store:
         try:
             return load(file)
         except (StaleFormatError, DamagedError) as error:
-            file.close()
             _log.info("rebuilding a cache entry: %s", error)
-            self.discard(kind, key)
+            file.discard()
+            file.close()
             return None
         except BaseException:
             file.close()
@@ -380,16 +468,29 @@ class Store:
         for kind in Kind:
             directory = self.dir_of(kind.value)
             found = []
-            for name in os.listdir(directory):
-                with contextlib.suppress(FileNotFoundError):  # evicted by another process meanwhile
-                    status = os.stat(name, dir_fd=directory, follow_symlinks=False)
-                    in_use = not self._try_exclusive(kind, name, lambda: None)
-                    found.append(Listed(kind, name, status.st_blocks * 512, status.st_mtime, in_use))
+            with _said_plainly(self.path, "list"):
+                for name in os.listdir(directory):
+                    with contextlib.suppress(FileNotFoundError):  # evicted by another process meanwhile
+                        status = os.stat(name, dir_fd=directory, follow_symlinks=False)
+                        if stat.S_ISDIR(status.st_mode):
+                            continue  # not ours, and nothing that could be in the way of an entry's name
+                        in_use = not self._try_exclusive(kind, name, lambda: None)
+                        found.append(Listed(kind, name, status.st_blocks * 512, status.st_mtime, in_use))
             yield from sorted(found, key=lambda one: one.used)
 
     def _try_exclusive(self, kind: Kind, key: str, act: Callable[[], None]) -> bool:
         """Run ``act`` while nobody has the entry open; False if somebody has."""
-        fd = os.open(key, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.dir_of(kind.value))
+        directory = self.dir_of(kind.value)
+        if not stat.S_ISREG(os.stat(key, dir_fd=directory, follow_symlinks=False).st_mode):
+            act()  # a symbolic link or the like: it is opened by nobody
+            return True
+        flags = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        try:
+            fd = os.open(key, os.O_RDWR | flags, dir_fd=directory)  # NFS locks exclusively only what can be written
+        except OSError as error:
+            if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+                raise
+            fd = os.open(key, os.O_RDONLY | flags, dir_fd=directory)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             act()
@@ -418,13 +519,45 @@ class Store:
 
     def _evict(self, one: Listed) -> bool:
         directory = self.dir_of(one.kind.value)
+        with _said_plainly(self.path, "remove anything from"):
+            try:
+                return self._try_exclusive(one.kind, one.key, lambda: os.unlink(one.key, dir_fd=directory))
+            except FileNotFoundError:
+                return True
+
+    def grew(self) -> None:
+        """Note that an entry was added, so that `keep_bounded` looks at the total."""
+        self._grew = True
+
+    def keep_bounded(self) -> None:
+        """Evict what exceeds `size_limit`, if anything was added since this was last called. Logs what goes wrong."""
+        if not self._grew:
+            return
+        self._grew = False
         try:
-            return self._try_exclusive(one.kind, one.key, lambda: os.unlink(one.key, dir_fd=directory))
-        except FileNotFoundError:
-            return True
+            limit = size_limit()
+            if self._total() > limit:
+                freed = self.gc(limit)
+                _log.info("removed %d cache entries, %d bytes", freed.entries, freed.size)
+        except OcifsError as error:
+            _log.warning("the cache was not made smaller: %s", error)
+
+    def _total(self) -> int:
+        """Bytes on disk of all entries, without asking which are in use."""
+        total = 0
+        with _said_plainly(self.path, "list"):
+            for kind in Kind:
+                directory = self.dir_of(kind.value)
+                for name in os.listdir(directory):
+                    with contextlib.suppress(FileNotFoundError):
+                        total += os.stat(name, dir_fd=directory, follow_symlinks=False).st_blocks * 512
+        return total
 
     def close(self) -> None:
-        """Close the directories. Open entries stay open."""
+        """Close the directories, after `keep_bounded`. Open entries stay open. Harmless when repeated."""
+        if self._root < 0:
+            return
+        self.keep_bounded()
         for fd in (*self._dirs.values(), self._root):
             os.close(fd)
         self._dirs.clear()

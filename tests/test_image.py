@@ -139,15 +139,64 @@ def test_an_index_is_kept_under_the_blobs_digest(store: Store, tmp_path: Path) -
     assert nothing_half_done(store)
 
 
-def test_a_layer_of_a_docker_archive_is_kept_under_diff_id_compression_and_size(store: Store, tmp_path: Path) -> None:
+def sample(stored: bytes) -> str:
+    return sha256(stored[:65536] + stored[-65536:]).removeprefix("sha256:")[:32]
+
+
+def test_a_layer_of_a_docker_archive_is_kept_under_diff_id_compression_size_and_sample(
+    store: Store, tmp_path: Path
+) -> None:
     made = make_image([BASE])
+    stored = made.layers[0]
     diff_id = made.diff_ids[0].removeprefix("sha256:")
     for style in ("skopeo", "stored"):
         write_docker_archive(tmp_path / f"{style}.tar", [made], style=style)
         assert look(store, f"docker-archive:{tmp_path}/{style}.tar") == SEEN_BASE
     assert kept(store, Kind.LAYER) == sorted(
-        [f"diffid-sha256-{diff_id}-plain-{len(BASE)}", f"diffid-sha256-{diff_id}-gzip-{len(made.layers[0])}"]
+        [
+            f"diffid-sha256-{diff_id}-plain-{len(BASE)}-{sample(BASE)}",
+            f"diffid-sha256-{diff_id}-gzip-{len(stored)}-{sample(stored)}",
+        ]
     )
+
+
+def test_one_layer_compressed_at_two_times_is_two_blobs(store: Store, tmp_path: Path) -> None:
+    """Only the time in the gzip header differs, so the size is the same."""
+    layer = tarball(entry("noise", data=NOISE[:200_000]))
+    for second in (1, 2):
+        made = make_image([layer])
+        made.layers[0] = gzip.compress(layer, mtime=second)
+        write_docker_archive(tmp_path / "image.tar", [made], style="stored")
+        assert look(store, f"docker-archive:{tmp_path}/image.tar") == {"noise": NOISE[:200_000]}
+    assert len(kept(store, Kind.LAYER)) == 2
+
+
+@pytest.mark.parametrize("first", ["archive", "layer"])
+def test_an_index_of_an_archive_is_not_one_of_a_layer(store: Store, tmp_path: Path, first: str) -> None:
+    """One file of bytes is a compressed archive to one command and a layer to another, which accepts less."""
+    write_docker_archive(tmp_path / "archive.tar", [make_image([BASE])], style="stored")
+    stored = lzma.compress((tmp_path / "archive.tar").read_bytes())
+    (tmp_path / "archive.xz").write_bytes(stored)
+
+    def put(manifest: dict[str, Any]) -> None:
+        manifest["layers"][0].update(digest=sha256(stored), size=len(stored))
+
+    write_layout(tmp_path / "image", [(tmp_path / "archive.tar").read_bytes()], change_manifest=put)
+    blob_path(tmp_path / "image", sha256(stored)).write_bytes(stored)
+
+    def archive() -> None:
+        assert look(store, f"docker-archive:{tmp_path}/archive.xz") == SEEN_BASE
+
+    def layer() -> None:
+        with pytest.raises(UnsupportedError, match="is compressed with xz; layers are plain tar, gzip or zstd"):
+            look(store, f"oci:{tmp_path}/image")
+
+    for step in (archive, layer) if first == "archive" else (layer, archive):
+        step()
+    assert key("archive-" + sha256(stored)) in kept(store, Kind.LAYER)
+    # Nor where an index of an archive lies under the key of a layer, as it did before there were two kinds of key.
+    os.link(store.path / "layers" / key("archive-" + sha256(stored)), store.path / "layers" / key(sha256(stored)))
+    layer()
 
 
 def test_a_layer_that_two_images_share_is_indexed_once(store: Store, tmp_path: Path) -> None:
@@ -494,6 +543,57 @@ def test_c4_an_examined_diff_id_of_another_algorithm_does_not_spoil_a_sound_one(
         look(store, f"oci:{tmp_path}/lying")
 
 
+def test_an_index_with_a_diff_id_of_another_algorithm_is_built_again(store: Store, tmp_path: Path) -> None:
+    """Under whatever key it came to lie: it is not damage, and 'cache clear' is not the user's to think of."""
+    digests = write_layout(tmp_path / "sound", [BASE])
+    lie = "sha512:" + "0" * 128
+    write_layout(tmp_path / "lying", [BASE], change_config=lambda config: config["rootfs"].update(diff_ids=[lie]))
+    look(store, f"oci:{tmp_path}/lying", examine=True)
+    [name] = kept(store, Kind.LAYER)
+    assert name == key(digests["layers"][0]) + "-sha512"
+    (store.path / "layers" / name).rename(store.path / "layers" / key(digests["layers"][0]))
+    spy = Spy()
+    assert look(store, f"oci:{tmp_path}/sound", spy) == SEEN_BASE
+    assert spy.built() == [1]
+
+
+def test_what_a_file_hashed_to_is_asked_of_one_algorithm_only(store: Store, tmp_path: Path) -> None:
+    """Two images examined name one file by digests of two algorithms: wrong by SHA-512, right by SHA-256."""
+    digests = write_layout(tmp_path / "image", [BASE], compression="plain")
+    lie = "sha512:" + "0" * 128
+
+    def other(manifest: dict[str, Any]) -> None:
+        manifest["layers"][0]["digest"] = lie
+
+    write_layout(tmp_path / "lying", [BASE], compression="plain", change_manifest=other)
+    path = blob_path(tmp_path / "lying", lie)
+    path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)
+    os.link(blob_path(tmp_path / "image", digests["layers"][0]), path)
+    assert [rule for rule, _ in warned(store, f"oci:{tmp_path}/lying", examine=True)] == ["C4"]
+    assert warned(store, f"oci:{tmp_path}/image", examine=True) == []
+
+
+def test_a_file_written_to_while_it_is_indexed_is_not_remembered(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_oci_archive(tmp_path / "image", [BASE], outer="gzip")
+    build = layer_index.Build
+
+    def meanwhile(*arguments: Any, **options: Any) -> Any:
+        os.utime(tmp_path / "image")  # as writing does
+        return build(*arguments, **options)
+
+    monkeypatch.setattr(layer_index, "Build", meanwhile)
+    assert look(store, f"oci-archive:{tmp_path}/image") == SEEN_BASE
+    assert kept(store, Kind.ARCHIVE) == []
+    monkeypatch.undo()
+    spy = Spy()
+    assert look(store, f"oci-archive:{tmp_path}/image", spy) == SEEN_BASE
+    assert spy.built() == [0]
+    assert len(kept(store, Kind.ARCHIVE)) == 1
+
+
 def test_a_blob_of_another_size_is_not_read_through_the_old_index(store: Store, tmp_path: Path) -> None:
     digests = write_layout(tmp_path / "image", [BASE], compression="plain")
     digest, size = digests["layers"][0], len(BASE)
@@ -549,6 +649,9 @@ def test_examined_layers_of_a_compressed_archive_are_not_mistaken_for_those_of_i
         made.config_raw = dump(made.config)
         write_docker_archive(tmp_path / "image.tar.gz", [made], outer="gzip")
         assert look(store, f"docker-archive:{tmp_path}/image.tar.gz", examine=True) == {"version": text}
+    spy = Spy()
+    look(store, f"docker-archive:{tmp_path}/image.tar.gz", spy, examine=True)
+    assert spy.events == []
 
 
 # -- built again -----------------------------------------------------------------------------------------------------
@@ -702,7 +805,8 @@ def test_what_is_remembered_of_an_archive_may_be_damaged(store: Store, tmp_path:
     write_oci_archive(tmp_path / "image", [BASE], outer="gzip")
     look(store, f"oci-archive:{tmp_path}/image")
     [name] = os.listdir(store.path / "archives")
-    for rubbish in (b"", b"{", b'{"key": 5}', b"\xff\xfe", b'{"key": "sha256-none"}'):
+    none = b'{"digest": "sha256:%s"}' % (b"0" * 64)
+    for rubbish in (b"", b"{", b'{"digest": 5}', b'{"key": "x"}', b"\xff\xfe", b'{"digest": "sha256:x"}', none):
         (store.path / "archives" / name).write_bytes(rubbish)
         assert look(store, f"oci-archive:{tmp_path}/image") == SEEN_BASE
 

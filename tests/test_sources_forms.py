@@ -769,6 +769,9 @@ class Counting:
     def file_range(self) -> None:
         return None
 
+    def identity(self) -> None:
+        return None
+
     def close(self) -> None:
         self.inner.close()
 

@@ -8,11 +8,15 @@ Three steps, each usable alone, because commands need different depths:
 
 Everything that is built is built once and kept under a key that says what it was made from:
 
-* a layer index under the digest of the blob; where a source gives none (docker-archive) under diff ID, compression and
-  stored size, which the index pass checks;
+* a layer index under the digest of the blob; where a source gives none (docker-archive) under diff ID, compression,
+  stored size and a sample of the bytes, see `layer_key`;
 * an image tree under a hash of both format versions, the ordered layer keys and every option that changes the tree;
 * a compressed outer archive is indexed as a layer is, under its own SHA-256, which is remembered by the file's identity
-  (device, inode, size, mtime, ctime), so that a second look does not read it again.
+  (device, inode, size, mtime, ctime), so that a second look does not read it again. The same is remembered of a layer
+  that turned out, under examination, not to be what the image says it is.
+
+What is damaged in the cache is built again: at once where it is found while an image is opened, else (while it is served)
+by the next one that opens it, for whoever finds damage takes the entry's name away.
 
 Not here: how anything is found (`ocifs.sources`), kept (`ocifs.store`), indexed, merged or read.
 """
@@ -21,7 +25,9 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import logging
 import os
+import resource
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -30,9 +36,9 @@ from typing import Self
 import msgspec
 
 from ocifs import image_tree, reference, sources
-from ocifs.errors import MachineError, UnsupportedError, UsageError
+from ocifs.errors import CacheDamagedError, MachineError, UnsupportedError, UsageError
 from ocifs.forked import run_forked
-from ocifs.image.indexing import Indexing, OpenLayer, Progress, Silent, closing, layer_key
+from ocifs.image.indexing import Indexing, OpenLayer, Progress, Silent, layer_key
 from ocifs.image.outer import open_outer_archive
 from ocifs.image_tree import ImageTree
 from ocifs.reference import Reference
@@ -56,6 +62,12 @@ __all__ = [
     "open_source",
     "resolve",
 ]
+
+
+_log = logging.getLogger(__name__)
+
+_MAX_FILES = 1 << 20
+"""Open files asked for at most: the kernel's default for the most a process may have (fs.nr_open)."""
 
 
 class ImageOptions(msgspec.Struct, frozen=True):
@@ -190,14 +202,30 @@ def open_layers(
             f"{resolved.reference.text} is no root file system but {artifact}; 'ocifs inspect' shows what is in it"
         )
         raise UnsupportedError(message)
+    _allow_many_files()
     indexing = Indexing(store, tolerant=options.examine, progress=progress or Silent())
     with ExitStack() as undo:
         for layer in chosen_layers(resolved, options):
-            undo.push(closing(indexing.add(layer)))
+            undo.callback(indexing.add(layer).close)
         indexing.finish()
         opened = tuple(one.opened() for one in indexing.wanted)
         undo.pop_all()
         return opened
+
+
+def _allow_many_files() -> None:
+    """Raise the limit of open files as far as it goes: an open layer takes two or three, while it is indexed four.
+
+    The usual soft limit of 1024 is there for programs that use select(2); ocifs polls. An image may have any number of
+    layers, and hard limits are 4096 to a million.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, _MAX_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        except (OSError, ValueError) as error:  # a system that forbids it: what does not fit is said when it is met
+            _log.info("the limit of open files stays %d: %s", soft, error)
 
 
 # -- 3: the tree ---------------------------------------------------------------------------------------------------
@@ -209,6 +237,16 @@ def open_image(text: str, store: Store, options: ImageOptions, progress: Progres
     Raises the errors of `resolve` and `open_layers`, and `DamagedError` for what the layer rules refuse.
     """
     progress = progress or Silent()
+    try:
+        image = _open_image(text, store, options, progress)
+    except CacheDamagedError as error:
+        _log.info("building again what is damaged in the cache: %s", error)  # who found it has discarded it
+        image = _open_image(text, store, options, progress)
+    store.keep_bounded()
+    return image
+
+
+def _open_image(text: str, store: Store, options: ImageOptions, progress: Progress) -> Image:
     resolved = resolve(text, options, store, progress)
     layers = open_layers(resolved, store, options, progress)
     with ExitStack() as undo:
@@ -222,6 +260,7 @@ def open_image(text: str, store: Store, options: ImageOptions, progress: Progres
             build=lambda: _build_tree(key, layers, store, options, progress),
             waiting=lambda: progress.waiting("the merged tree"),
         )
+        tree.on_damage = file.discard
         undo.pop_all()
         return Image(resolved, layers, tree, file)
 

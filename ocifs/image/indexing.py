@@ -11,25 +11,37 @@ import os
 import select
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import msgspec
 
 from ocifs import compression, layer_index
-from ocifs.errors import DamagedError, NotFoundError, StaleFormatError
+from ocifs.compression import Compression
+from ocifs.errors import DamagedError, MachineError, NotFoundError, OcifsError, StaleFormatError
 from ocifs.layer_data import LayerData
+from ocifs.sources import LayerBlob
+from ocifs.spec import Digest
 from ocifs.store import Kind
 from ocifs.tree import Warned
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from ocifs.layer_index import LayerIndex
-    from ocifs.sources import Blob, LayerBlob
-    from ocifs.spec import DiffID, Digest
+    from ocifs.sources import Blob
+    from ocifs.spec import DiffID
     from ocifs.store import BuildLock, Store, StoredFile
 
 _log = logging.getLogger(__name__)
+
+MAX_PASSES: Final = 4
+"""Index passes that run at once, at most. Each may take up to `ocifs.layer_index.child.MEMORY_LIMIT`, 1 GiB."""
+
+_MAX_BUILDS: Final = 3
+"""How often one index is built before it is an error that it is not there afterwards. Once is usual."""
+
+_SAMPLE: Final = 64 << 10
+"""Bytes at each end of a blob without digest that go into its key: 64 KiB, see `layer_key`."""
 
 
 class Progress(Protocol):
@@ -91,67 +103,133 @@ class OpenLayer:
         self.data.close()
 
 
+def index_key(digest: Digest, diff_id: DiffID | None, *, archive: bool = False) -> str:
+    """Give the key of the index of a blob with this digest: the one place where such keys are made.
+
+    An index holds one diff ID, which only one by the same algorithm can be compared with, so each algorithm has an index of
+    its own. ``archive``: an archive around an image, of which more is accepted than of a layer (xz, bzip2).
+    """
+    prefix = "archive-" if archive else ""
+    suffix = f"-{diff_id.algorithm}" if diff_id is not None and diff_id.algorithm != "sha256" else ""
+    return f"{prefix}{digest.algorithm}-{digest.hex}{suffix}"
+
+
 def layer_key(blob: LayerBlob, stored: Blob) -> str:
-    """Under what a layer's index is kept: the blob's digest, else what a docker-archive says of it (module docstring)."""
+    """Under what a layer's index is kept: the blob's digest, else what a docker-archive says of it.
+
+    A docker-archive gives only the diff ID, which the same layer has however it was compressed. So compression and stored
+    size are part of the key, and a hash of the first and the last 64 KiB of the stored bytes: a gzip header holds the time
+    of compression, so the same layer saved twice has the same size and other bytes, and another compressor or level shows
+    in the first block. What is left are blobs above 128 KiB of the same uncompressed data and the same size that differ
+    only between their ends. Then the older one's index is taken for both, and the SHA-256 that it holds of every span's
+    bytes refuses to decode the other: a false alarm, never wrong data.
+    """
     if blob.digest is not None:
-        return digest_key(blob.digest, blob.diff_id)
-    kind = compression.detect(stored.read_at(0, compression.HEAD_SIZE))
+        return index_key(blob.digest, blob.diff_id)
     diff_id = blob.diff_id
     if diff_id is None:
         message = f"layer {blob.number} has neither digest nor diff ID to vouch for it; --examine reads it anyway"
         raise DamagedError(message)
-    return f"diffid-{diff_id.algorithm}-{diff_id.hex}-{kind.value}-{stored.size}"
-
-
-def digest_key(digest: Digest, diff_id: DiffID | None = None) -> str:
-    """Give the key of the index of a blob. An index holds one diff ID, which only one by the same algorithm equals."""
-    other = f"-{diff_id.algorithm}" if diff_id is not None and diff_id.algorithm != "sha256" else ""
-    return f"{digest.algorithm}-{digest.hex}{other}"
-
-
-def closing(wanted: Wanted) -> Callable[..., None]:
-    """Give a function for `ExitStack.push` that closes a layer."""
-
-    def close(*_: object) -> None:
-        wanted.close()
-
-    return close
+    first = stored.read_at(0, _SAMPLE)
+    last = stored.read_at(max(0, stored.size - _SAMPLE), _SAMPLE)
+    kind = compression.detect(first[: compression.HEAD_SIZE])
+    sample = hashlib.sha256(first + last).hexdigest()[:32]  # a file's name has 255 bytes, a SHA-512 takes 128 of them
+    return f"diffid-{diff_id.algorithm}-{diff_id.hex}-{kind.value}-{stored.size}-{sample}"
 
 
 class Wanted:
     """A layer on its way to being open: its blob, its key, and its index once that is loaded."""
 
-    def __init__(self, blob: LayerBlob, stored: Blob, key: str, *, tolerant: bool = False) -> None:
-        self._tolerant = tolerant
+    def __init__(
+        self, store: Store, blob: LayerBlob, stored: Blob, *, tolerant: bool = False, archive: bool = False
+    ) -> None:
+        """Take over ``stored``, unless this raises: `DamagedError` for a layer that nothing vouches for."""
+        self.tolerant = tolerant
+        self.archive = archive
         self.blob = blob
         self.stored = stored
-        self.key = key
         self.index: LayerIndex | None = None
         self.copy: StoredFile | None = None
+        self.builds = 0
+        self._store = store
+        # What a source does not vouch for is known only once it was read.
+        unnamed = blob.digest is None and blob.diff_id is None and (tolerant or archive)
+        self._named = None if unnamed else layer_key(blob, stored)
+        self._built: str | None = None
+        self.lock_key = self._named or f"unread-{_hashed(stored.identity() or stored.name)}"
+        """Under what the right to build is taken."""
 
-    def load(self, store: Store) -> bool:
-        """Load index and re-framed copy from the store if they are there, whole and of this format version."""
-        file = store.open_entry(Kind.LAYER, self.key)
-        if file is None:
+    @property
+    def key(self) -> str | None:
+        """Under what the index is kept, as far as is known; None before the first pass over what nothing vouches for."""
+        return self._built or self._remembered() or self._named
+
+    def _remembered(self) -> str | None:
+        """The key under which this very file was indexed as what it is, which is not what the image says it is."""
+        if not self.tolerant and not self.archive:
+            return None
+        digest = remembered(self._store, self.stored)
+        said = self.blob.digest
+        if digest is None or (said is not None and said.algorithm != digest.algorithm):
+            return None
+        return index_key(digest, self.blob.diff_id, archive=self.archive)
+
+    def built(self, built: layer_index.Built) -> str:
+        """Give the key for what was built: its actual digest if it is not what it was expected to be."""
+        if built.mismatches or self._named is None:
+            self._built = index_key(built.digest, built.diff_id, archive=self.archive)
+        else:
+            self._built = self._named
+        return self._built
+
+    def load(self) -> bool:
+        """Load index and re-framed copy from the store if they are there, whole and of this format version.
+
+        Raises `DamagedError` if the index contradicts the image, unless examined.
+        """
+        key = self.key
+        file = self._store.open_entry(Kind.LAYER, key) if key is not None else None
+        if key is None or file is None:
             return False
-        try:
-            index = layer_index.load(file)
-            copy = store.open_entry(Kind.REFRAMED, self.key) if index.reframed else None
-            if index.reframed and (copy is None or copy.size != index.data_size):
-                if copy is not None:
-                    copy.close()
-                message = f"the re-framed copy of layer {index.digest} was evicted"
-                raise StaleFormatError(message)
-        except (StaleFormatError, DamagedError) as error:
-            _log.info("rebuilding a layer index: %s", error)
-            file.close()
-            store.discard(Kind.LAYER, self.key)
-            return False
+        with ExitStack() as undo:
+            undo.callback(file.close)
+            try:
+                index = layer_index.load(file)
+                self._refuse_other_kind(index)
+                copy = self._open_copy(key, index)
+            except (StaleFormatError, DamagedError) as error:
+                _log.info("rebuilding a layer index: %s", error)
+                file.discard()
+                return False
+            if copy is not None:
+                undo.callback(copy.close)
+            if not self.tolerant:
+                for message in self._contradictions(index):
+                    raise DamagedError(message)
+            undo.pop_all()
+        index.on_damage = file.discard
         self.index, self.copy = index, copy
-        if not self._tolerant:
-            for message in self._contradictions(index):
-                raise DamagedError(message)
         return True
+
+    def _refuse_other_kind(self, index: LayerIndex) -> None:
+        """Raise `StaleFormatError` for an index that cannot answer what is asked of it here, whatever its key."""
+        if self.blob.diff_id is not None and self.blob.diff_id.algorithm != index.diff_id.algorithm:
+            message = f"{index.name} holds a diff ID by {index.diff_id.algorithm}, not by {self.blob.diff_id.algorithm}"
+            raise StaleFormatError(message)
+        if not self.archive and index.compression in (Compression.XZ, Compression.BZIP2):
+            message = f"{index.name} is of an archive compressed with {index.compression.value}, which no layer is"
+            raise StaleFormatError(message)
+
+    def _open_copy(self, key: str, index: LayerIndex) -> StoredFile | None:
+        if not index.reframed:
+            return None
+        copy = self._store.open_entry(Kind.REFRAMED, key)
+        if copy is None or copy.size != index.data_size:
+            if copy is not None:
+                copy.close()
+            message = f"the re-framed copy of layer {index.digest} was evicted"
+            raise StaleFormatError(message)
+        return copy
 
     def _contradictions(self, index: LayerIndex) -> Iterator[str]:
         """Say how the blob that was indexed is not what this image says it is (rule C4), and where its data breaks off.
@@ -171,16 +249,23 @@ class Wanted:
 
     def opened(self) -> OpenLayer:
         """Give the layer, once `load` has succeeded."""
-        if self.index is None:
+        index, copy, key = self.index, self.copy, self.key
+        if index is None or key is None:
             message = f"layer {self.blob.number} was not loaded"
             raise RuntimeError(message)
+        warnings = tuple(Warned("C4", self.blob.number, b"", what) for what in self._contradictions(index))
         data: Blob | StoredFile = self.stored
-        if self.copy is not None:
-            data = self.copy
-        warnings = tuple(Warned("C4", self.blob.number, b"", what) for what in self._contradictions(self.index))
-        if self.copy is not None:
+        if copy is not None:
+            data = copy
             self.stored.close()
-        return OpenLayer(self.blob, self.key, self.index, LayerData(self.blob.number, self.index, data), warnings)
+
+        def forget() -> None:
+            if index.on_damage is not None:
+                index.on_damage()
+            if copy is not None:
+                copy.discard()
+
+        return OpenLayer(self.blob, key, index, LayerData(self.blob.number, index, data, forget), warnings)
 
     def close(self) -> None:
         """Close everything that was opened on the way."""
@@ -194,11 +279,10 @@ class Wanted:
 class _Job:
     """One index being built: the child process, and the files it writes into."""
 
-    def __init__(
-        self, wanted: Wanted, lock: BuildLock, store: Store, *, tolerant: bool, archive: bool, threads: int
-    ) -> None:
+    def __init__(self, wanted: Wanted, lock: BuildLock, store: Store, *, threads: int) -> None:
         self.wanted = wanted
         self._store = store
+        self._identity = wanted.stored.identity()
         with ExitStack() as undo:
             undo.enter_context(lock)
             self._index_file = undo.enter_context(store.new(Kind.LAYER))
@@ -210,8 +294,8 @@ class _Job:
                     out=self._index_file.file,
                     reframed=self._copy_file.file,
                     expected=layer_index.Expected(blob.size if blob.digest else None, blob.digest, blob.diff_id),
-                    tolerant=tolerant,
-                    archive=archive,
+                    tolerant=wanted.tolerant,
+                    archive=wanted.archive,
                     threads=threads,
                 )
             )
@@ -220,12 +304,14 @@ class _Job:
     def publish(self) -> None:
         """Put what was built into the store. An index of other bytes than expected goes under their actual digest."""
         built = self.build.result()
-        if built.mismatches or (self.wanted.blob.digest is None and self.wanted.blob.diff_id is None):
-            self.wanted.key = digest_key(built.digest, built.diff_id)
-            remember(self._store, self.wanted.stored, self.wanted.key)
+        key = self.wanted.built(built)
         if built.reframed:
-            self._copy_file.publish(self.wanted.key)
-        self._index_file.publish(self.wanted.key)
+            self._copy_file.publish(key)
+        self._index_file.publish(key)
+        # A file that was written to while it was read is not what the pass saw.
+        identity = self._identity
+        if key != self.wanted.lock_key and identity is not None and identity == self.wanted.stored.identity():
+            remember(self._store, identity, built.digest)
 
     def close(self) -> None:
         """Kill the child if it still runs, remove what was not published, release the lock."""
@@ -248,32 +334,32 @@ class Indexing:
     def add(self, blob: LayerBlob) -> Wanted:
         """Open a layer's blob and put it on the list. Raises what makes it unusable."""
         stored = blob.open_stored() if self._tolerant and not isinstance(blob.problem, NotFoundError) else blob.open()
+        return self._add(blob, stored, archive=False)
+
+    def add_archive(self, stored: Blob) -> Wanted:
+        """Put a compressed archive around the image on the list, as layer 0; ``stored`` is taken over."""
+        return self._add(LayerBlob(0, None, None, "", stored.size, None, None, lambda: stored), stored, archive=True)
+
+    def _add(self, blob: LayerBlob, stored: Blob, *, archive: bool) -> Wanted:
         try:
-            # Under examination a blob that is not what its digest says was indexed as what it is.
-            known = remembered(self._store, stored) if self._tolerant else None
-            if known is not None:
-                key = known
-            elif self._tolerant and blob.digest is None and blob.diff_id is None:
-                key = f"unnamed-{file_identity(stored) or hashlib.sha256(stored.name.encode()).hexdigest()}"
-            else:
-                key = layer_key(blob, stored)
+            one = Wanted(self._store, blob, stored, tolerant=self._tolerant, archive=archive)
         except BaseException:
             stored.close()
             raise
-        self.wanted.append(Wanted(blob, stored, key, tolerant=self._tolerant))
-        return self.wanted[-1]
+        self.wanted.append(one)
+        return one
 
     def finish(self) -> None:
         """Load or build every index wanted."""
-        while missing := [one for one in self.wanted if one.index is None and not one.load(self._store)]:
+        while missing := [one for one in self.wanted if one.index is None and not one.load()]:
             with ExitStack() as locks:
                 mine: list[tuple[Wanted, BuildLock]] = []
                 for one in missing:
-                    lock = self._store.try_lock(Kind.LAYER, one.key)
+                    lock = self._store.try_lock(Kind.LAYER, one.lock_key)
                     if lock is None:
                         continue
                     locks.enter_context(lock)
-                    if one.load(self._store):  # another process finished it just before we got the lock
+                    if one.load():  # another process finished it just before we got the lock
                         lock.release()
                     else:
                         mine.append((one, lock))
@@ -282,12 +368,12 @@ class Indexing:
                     continue
             theirs = next((one for one in missing if one.index is None), None)
             if theirs is not None:
-                self._progress.waiting(f"layer {theirs.blob.number}")
-                with self._store.lock(Kind.LAYER, theirs.key):
+                self._progress.waiting(theirs.stored.name if theirs.archive else f"layer {theirs.blob.number}")
+                with self._store.lock(Kind.LAYER, theirs.lock_key):
                     pass  # whoever had it is done; look again
 
     def _build(self, mine: list[tuple[Wanted, BuildLock]]) -> None:
-        """Build as many at once as there are CPUs, the largest first: it is what the others can hide behind.
+        """Build as many at once as there are CPUs, up to `MAX_PASSES`, the largest first: others can hide behind it.
 
         Decompressing one layer with two threads takes more CPU than two layers with one each. So threads are shared out
         by size: only a layer that takes longer than all the others together has something to gain from a second one.
@@ -298,7 +384,7 @@ class Indexing:
         running: list[_Job] = []
         try:
             while queue or running:
-                while queue and len(running) < cpus:
+                while queue and len(running) < min(cpus, MAX_PASSES):
                     one, lock = queue.pop()
                     running.append(self._start(one, lock, threads=max(1, round(cpus * one.stored.size / total))))
                 self._step(running)
@@ -307,7 +393,13 @@ class Indexing:
                 self._end(job)
 
     def _start(self, wanted: Wanted, lock: BuildLock, threads: int) -> _Job:
-        job = _Job(wanted, lock, self._store, tolerant=self._tolerant, archive=False, threads=threads)
+        wanted.builds += 1
+        if wanted.builds > _MAX_BUILDS:
+            message = (
+                f"the index of {wanted.stored.name} was built {_MAX_BUILDS} times and is gone each time; try again"
+            )
+            raise MachineError(message)
+        job = _Job(wanted, lock, self._store, threads=threads)
         self._progress.begin(wanted.blob.number, wanted.stored.name, wanted.stored.size)
         return job
 
@@ -337,42 +429,28 @@ class Indexing:
 class _Remembered(msgspec.Struct, frozen=True):
     """What a file hashed to when it was last read whole."""
 
-    key: str
+    digest: str
 
 
-def file_identity(stored: Blob) -> str | None:
-    """A key for a file as it is now, without reading it: device, inode, size, mtime and ctime, and where in it we are.
-
-    None for bytes that lie in no file: a name and a size do not tell the member of one compressed archive from that of
-    the next at the same path.
-    """
-    place = stored.file_range()
-    if place is None:
-        return None
-    fd, offset, size = place
-    status = os.fstat(fd)
-    what = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns, offset, size)
-    return hashlib.sha256(repr(what).encode()).hexdigest()
+def _hashed(identity: str) -> str:
+    return hashlib.sha256(identity.encode(errors="surrogateescape")).hexdigest()
 
 
-def remembered(store: Store, stored: Blob) -> str | None:
-    """Give the key under which this very file was indexed before, if it was."""
-    identity = file_identity(stored)
-    file = store.open_entry(Kind.ARCHIVE, identity) if identity is not None else None
+def remembered(store: Store, stored: Blob) -> Digest | None:
+    """Give the digest of this very file, if it was indexed before under a key that only its digest gives."""
+    identity = stored.identity()
+    file = store.open_entry(Kind.ARCHIVE, _hashed(identity)) if identity is not None else None
     if file is None:
         return None
     with file:
         try:
-            return msgspec.json.decode(file.read_at(0, 4096), type=_Remembered).key
-        except msgspec.MsgspecError:
+            return Digest.parse(msgspec.json.decode(file.read_at(0, 4096), type=_Remembered).digest)
+        except (msgspec.MsgspecError, ValueError, OcifsError):
             return None
 
 
-def remember(store: Store, stored: Blob, key: str) -> None:
-    """Note the key under which this file, as it is now, was indexed."""
-    identity = file_identity(stored)
-    if identity is None:
-        return
+def remember(store: Store, identity: str, digest: Digest) -> None:
+    """Note the digest of the file that had this identity before it was read and after."""
     with store.new(Kind.ARCHIVE) as new:
-        new.file.write(msgspec.json.encode(_Remembered(key)))
-        new.publish(identity)
+        new.file.write(msgspec.json.encode(_Remembered(str(digest))))
+        new.publish(_hashed(identity))

@@ -8,17 +8,13 @@ Not here: what is in the tar (`ocifs.sources`).
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import OrderedDict
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from ocifs import layer_index
-from ocifs.image.indexing import Wanted, closing, digest_key, file_identity, remember, remembered
-from ocifs.sources import LayerBlob
+from ocifs.image.indexing import Indexing
 from ocifs.sources.blob import FileBlob
-from ocifs.store import Kind
 
 if TYPE_CHECKING:
     from ocifs.image.indexing import Progress
@@ -65,6 +61,10 @@ class _DecodedArchive:
         """Nothing on disk holds these bytes in one piece."""
         return None
 
+    def identity(self) -> str | None:
+        """What was decoded, and so what it decodes to, is known by its digest."""
+        return f"tar in {self._data.index.digest}"
+
     def close(self) -> None:
         """Close index and archive."""
         self._data.close()
@@ -72,38 +72,10 @@ class _DecodedArchive:
 
 def open_outer_archive(path: bytes, store: Store, progress: Progress) -> Blob:
     """Give random access to the tar inside a compressed archive; reads it whole the first time."""
-    stored = FileBlob(path)
-    wanted = Wanted(LayerBlob(0, None, None, "", stored.size, None, None, lambda: stored), stored, "")
+    indexing = Indexing(store, tolerant=False, progress=progress)
     with ExitStack() as undo:
-        undo.push(closing(wanted))
-        wanted.key = remembered(store, stored) or ""
-        while not (wanted.key and wanted.load(store)):
-            name = f"archive-{file_identity(stored)}"
-            with store.lock(Kind.LAYER, name, waiting=lambda: progress.waiting(os.fsdecode(path))):
-                wanted.key = remembered(store, stored) or ""
-                if wanted.key and wanted.load(store):
-                    break
-                wanted.key = _index_archive(wanted, store, progress)
+        wanted = indexing.add_archive(FileBlob(path))
+        undo.callback(wanted.close)
+        indexing.finish()
         undo.pop_all()
-        return _DecodedArchive(stored.name, wanted.opened().data)
-
-
-def _index_archive(wanted: Wanted, store: Store, progress: Progress) -> str:
-    with store.new(Kind.LAYER) as index_file, store.new(Kind.REFRAMED) as copy_file:
-        progress.begin(0, wanted.stored.name, wanted.stored.size)
-        try:
-            built = layer_index.build(
-                wanted.stored,
-                out=index_file.file,
-                reframed=copy_file.file,
-                archive=True,
-                progress=lambda done: progress.advance(0, done),
-            )
-        finally:
-            progress.end(0)
-        key = digest_key(built.digest)
-        if built.reframed:
-            copy_file.publish(key)
-        index_file.publish(key)
-        remember(store, wanted.stored, key)
-        return key
+        return _DecodedArchive(wanted.stored.name, wanted.opened().data)

@@ -85,7 +85,7 @@ from isal import isal_zlib
 
 from ocifs.compression import Compression
 from ocifs.compression.gzip import MAX_WINDOW, inflate_span
-from ocifs.errors import DamagedError, StaleFormatError
+from ocifs.errors import CacheDamagedError, DamagedError, StaleFormatError
 from ocifs.spec import DiffID, Digest
 from ocifs.tar import Damage, Entry, EntryType, Noticed, TarSummary, Trailing
 
@@ -280,6 +280,8 @@ class LayerIndex:
         self._sections = sections
         self.name = file.name
         """The index file, for messages."""
+        self.on_damage: Callable[[], None] | None = None
+        """Called when damage of the index file is found after it was loaded, before the error is raised."""
         self.digest = Digest.parse(meta.digest)
         """Of the blob as stored: its actual one, also where another was expected (see ``mismatches``)."""
         self.diff_id = DiffID.parse(meta.diff_id)
@@ -371,7 +373,8 @@ class LayerIndex:
 
         ``read_at(offset, size)`` reads the blob, or the re-framed copy if ``reframed``. With ``need`` only the span's
         first ``need`` bytes are decoded. Raises `DamagedError` naming blob, span and blob_offset if the bytes are not
-        those that were indexed: then nothing is decoded at all.
+        those that were indexed: then nothing is decoded at all. It is a `CacheDamagedError` where the index or the
+        re-framed copy is to blame, not the blob.
         """
         span = self.spans[number]
         stored = read_at(span.blob_offset, span.blob_size)
@@ -381,11 +384,13 @@ class LayerIndex:
             raise self._bad_span(number, span, "its bytes have changed since the index was built")
         try:
             data = self._inflate(number, span, stored, need)
+        except CacheDamagedError as error:
+            raise self._bad_span(number, span, str(error), cache=True) from None
         except DamagedError as error:
             raise self._bad_span(number, span, str(error)) from None
         # The stored bytes are the indexed ones, so a difference here means a bug, in this program or what it stands on.
         if len(data) == span.size and not self._is_plain and isal_zlib.crc32(data) != span.crc32:
-            raise self._bad_span(number, span, f"it decodes to other bytes than at indexing; {_ADVICE}")
+            raise self._bad_span(number, span, f"it decodes to other bytes than at indexing; {_ADVICE}", cache=True)
         return data
 
     @property
@@ -408,10 +413,11 @@ class LayerIndex:
             )
         return stored if need is None else stored[:need]
 
-    def _bad_span(self, number: int, span: Span, why: str) -> DamagedError:
+    def _bad_span(self, number: int, span: Span, why: str, *, cache: bool = False) -> DamagedError:
         what = f"the re-framed copy of blob {self.digest}" if self.reframed else f"blob {self.digest}"
         where = f"{span.blob_size} bytes at blob_offset {span.blob_offset}"
-        return DamagedError(f"{what} cannot be read in span {number} ({where}): {why}")
+        kind = CacheDamagedError if cache or self.reframed else DamagedError
+        return kind(f"{what} cannot be read in span {number} ({where}): {why}")
 
     # --- sections ---------------------------------------------------------------------------------------------------
 
@@ -448,35 +454,41 @@ class LayerIndex:
         except (zstandard.ZstdError, MemoryError):
             raise self._damaged(f"its {what} does not decompress") from None
 
-    def _damaged(self, why: str) -> DamagedError:
-        return DamagedError(f"the layer index {self.name} is damaged: {why}; {_ADVICE}")
+    def _damaged(self, why: str) -> CacheDamagedError:
+        if self.on_damage is not None:
+            self.on_damage()
+        return CacheDamagedError(f"the layer index {self.name} is damaged: {why}; {_ADVICE}")
 
 
 def load(file: RandomAccess) -> LayerIndex:
     """Open an index; it keeps ``file`` and closes it with itself. On errors ``file`` is left open.
 
-    Raises `StaleFormatError` if another version of ocifs wrote it, `DamagedError` if it is not whole.
+    Raises `StaleFormatError` if another version of ocifs wrote it, `CacheDamagedError` if it is not whole.
     """
     header = file.read_at(0, _HEADER_SIZE)
     if header[:8] != _MAGIC:
-        raise DamagedError(f"{file.name} is no layer index; {_ADVICE}")
+        raise CacheDamagedError(f"{file.name} is no layer index; {_ADVICE}")
     version = int.from_bytes(header[8:12], "little")
     if len(header) >= 12 and version != FORMAT_VERSION:  # noqa: PLR2004 - magic and version
         raise StaleFormatError(f"the layer index {file.name} has format version {version}, not {FORMAT_VERSION}")
     if len(header) != _HEADER_SIZE or hashlib.sha256(header[:-32]).digest() != header[-32:]:
-        raise DamagedError(f"the layer index {file.name} is damaged: its header has a wrong checksum; {_ADVICE}")
+        raise CacheDamagedError(f"the layer index {file.name} is damaged: its header has a wrong checksum; {_ADVICE}")
     _magic, _version, header_size, size = _HEAD.unpack_from(header)
     if header_size != _HEADER_SIZE or size != file.size:
-        raise DamagedError(f"the layer index {file.name} is damaged: it is {file.size} bytes, not {size}; {_ADVICE}")
+        raise CacheDamagedError(
+            f"the layer index {file.name} is damaged: it is {file.size} bytes, not {size}; {_ADVICE}"
+        )
     sections = tuple(_SECTION.unpack_from(header, _HEAD.size + number * _SECTION.size) for number in range(_SECTIONS))
     offset, size, sha256 = sections[0]
     raw = file.read_at(offset, min(size, file.size))
     if hashlib.sha256(raw).digest() != sha256:
-        raise DamagedError(f"the layer index {file.name} is damaged: its metadata has a wrong checksum; {_ADVICE}")
+        raise CacheDamagedError(f"the layer index {file.name} is damaged: its metadata has a wrong checksum; {_ADVICE}")
     try:
         return LayerIndex(file, msgspec.json.decode(raw, type=_Meta), sections)
     except (msgspec.MsgspecError, ValueError, RecursionError, DamagedError):
-        raise DamagedError(f"the layer index {file.name} is damaged: its metadata does not parse; {_ADVICE}") from None
+        raise CacheDamagedError(
+            f"the layer index {file.name} is damaged: its metadata does not parse; {_ADVICE}"
+        ) from None
 
 
 # --- entry frames -------------------------------------------------------------------------------------------------------

@@ -55,6 +55,9 @@ class Blob(Protocol):
     def file_range(self) -> FileRange | None:
         """Say where the bytes lie in a file on disk; None if they do not lie in one piece of one file."""
 
+    def identity(self) -> str | None:
+        """Say what tells these bytes, as they are now, from all others without reading them; None if nothing does."""
+
     def close(self) -> None:
         """Let go of the file. Further calls do nothing."""
 

@@ -10,6 +10,7 @@ Not here: where blobs are (the sources), what is in them.
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import stat
 import threading
@@ -114,6 +115,15 @@ class FileBlob:
         """See `Blob.file_range`."""
         return FileRange(self._fd, 0, self.size)
 
+    def identity(self) -> str | None:
+        """See `Blob.identity`: device, inode, size, mtime and ctime."""
+        try:
+            status = os.fstat(self._fd)
+        except OSError:
+            return None
+        times = f"{status.st_mtime_ns} {status.st_ctime_ns}"
+        return f"file {status.st_dev} {status.st_ino} {status.st_size} {times}"
+
     def close(self) -> None:
         """See `Blob.close`."""
         fd, self._fd = self._fd, -1
@@ -139,6 +149,10 @@ class BytesBlob:
     def file_range(self) -> FileRange | None:
         """Answer None: there is no file."""
         return None
+
+    def identity(self) -> str | None:
+        """See `Blob.identity`: the SHA-256 of the bytes."""
+        return f"bytes {hashlib.sha256(self._data).hexdigest()}"
 
     def close(self) -> None:
         """Do nothing."""
@@ -198,6 +212,11 @@ class MemberBlob:
         """See `Blob.file_range`."""
         outer = self._outer.blob.file_range()
         return None if outer is None else FileRange(outer.fd, outer.offset + self._offset, self.size)
+
+    def identity(self) -> str | None:
+        """See `Blob.identity`: that of the outer blob, and where in it these bytes are."""
+        outer = self._outer.blob.identity()
+        return None if outer is None else f"{outer}, {self.size} bytes at {self._offset}"
 
     def close(self) -> None:
         """See `Blob.close`."""
