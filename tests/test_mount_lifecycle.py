@@ -149,7 +149,10 @@ def test_ps_lists_mounts_oldest_first_and_says_what_they_are(image: str, cache: 
     assert [one for one in records() if one["mountpoint"].startswith(str(tmp_path))] == []
 
 
-@pytest.mark.parametrize("name", ["with space", "new\nline", "tab\t\\back", "ümläut", "co,mma", "x" * 200])
+@pytest.mark.parametrize(
+    "name",
+    ["with space", "new\nline", "tab\t\\back", "carriage\rreturn\x0b\x85", "ümläut", "co,mma", "\udcff", "x" * 200],
+)
 def test_mount_points_of_any_name(image: str, cache: Path, tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.mkdir()

@@ -182,8 +182,11 @@ class Process:
 
 def in_mountinfo(path: Path) -> bool:
     """Say whether something is mounted at ``path``, without touching it."""
-    wanted = str(path).replace("\\", "\\134").replace(" ", "\\040").replace("\n", "\\012")
-    return any(line.split(" ")[4] == wanted for line in Path("/proc/self/mountinfo").read_text("utf-8").splitlines())
+    wanted = os.fsencode(path)
+    for byte in b"\\ \t\n":
+        wanted = wanted.replace(bytes([byte]), b"\\%03o" % byte)
+    lines = Path("/proc/self/mountinfo").read_bytes().split(b"\n")
+    return any(line.split(b" ")[4] == wanted for line in lines if line)
 
 
 def records(env: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
