@@ -60,7 +60,7 @@ def in_namespaces(main: Callable[[], int]) -> int:
         raise OSError(ctypes.get_errno(), "unshare")
     child = os.fork()
     if child:
-        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        for number in _ends():
             signal.signal(number, lambda received, _: os.kill(child, received))
         while True:
             with contextlib.suppress(InterruptedError):
@@ -68,20 +68,26 @@ def in_namespaces(main: Callable[[], int]) -> int:
     status = 70  # EX_SOFTWARE in sysexits.h
     try:
         LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        for number in _ends():
             signal.signal(number, _interrupt)
         if LIBC.mount(None, b"/", None, MS_REC | MS_PRIVATE, None) or LIBC.mount(b"proc", b"/proc", b"proc", 0, None):
             raise OSError(ctypes.get_errno(), "mount")
         status = main()
     except KeyboardInterrupt:
         status = 130
-        print("bench: interrupted", file=sys.stderr)
+        print("bench: interrupted before anything was measured", file=sys.stderr)
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 1
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
     return status
+
+
+def _ends() -> list[signal.Signals]:
+    """The signals that end us; whoever started us under nohup(1) does not want SIGHUP to."""
+    ends = [signal.SIGTERM, signal.SIGINT]
+    return ends if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [*ends, signal.SIGHUP]
 
 
 def _interrupt(number: int, _: object) -> None:
