@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import logging
 import os
 import stat
@@ -384,6 +385,36 @@ def test_every_operation_survives_what_nobody_foresaw(operation: str, caplog: py
         assert record.exc_info is not None
         assert record.exc_info[0] is ZeroDivisionError
         assert adapter.errors == count
+
+
+@pytest.mark.parametrize("operation", REQUESTS)
+@pytest.mark.parametrize(
+    "error", [KeyError("?"), OSError(errno.ENOENT, "?"), MemoryError(), RecursionError(), StopIteration()], ids=repr
+)
+def test_whatever_the_bug_is_it_is_eio(operation: str, error: Exception, caplog: pytest.LogCaptureFixture) -> None:
+    adapter = failing(error)
+    for _ in range(2):
+        assert refusal(getattr(adapter, operation)(*REQUESTS[operation])) == errno.EIO
+    assert len(caplog.records) == 2
+
+
+@pytest.mark.parametrize("operation", REQUESTS)
+def test_an_interrupt_is_no_failure_of_a_request(operation: str, caplog: pytest.LogCaptureFixture) -> None:
+    adapter = failing(KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        answer(getattr(adapter, operation)(*REQUESTS[operation]))
+    assert caplog.records == []
+    assert adapter.errors == 0
+
+
+def test_every_operation_of_pyfuse3_is_answered_on_purpose() -> None:
+    """What is left to pyfuse3 answers ENOSYS, which the kernel takes as "do not ask again" for these and for no other."""
+    ours = {name for name, value in inspect.getmembers(Adapter, inspect.isfunction) if not name.startswith("_")}
+    base = pyfuse3.Operations
+    theirs = {name for name in vars(base) if not name.startswith("_") and callable(getattr(base, name))}
+    left = {name for name in theirs if getattr(Adapter, name) is getattr(base, name)}
+    assert left <= {"fsync", "fsyncdir", "init", "poll", "stacktrace"}
+    assert theirs - left <= ours
 
 
 @pytest.mark.parametrize("operation", REQUESTS)

@@ -12,7 +12,9 @@ import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ocifs import image
 from ocifs.errors import DamagedError, NotFoundError, OcifsError
+from ocifs.image import ImageOptions
 from ocifs.rootfs import (
     SYMLINK_LIMIT,
     NotADirectoryInImageError,
@@ -20,8 +22,12 @@ from ocifs.rootfs import (
     RootFS,
     SymlinkLoopError,
 )
+from ocifs.rootfs import view as look
+from ocifs.store import Store
 from ocifs.tree import Extent, Kind, Node
+from tests.support import layout
 from tests.support.spanned import FakeIndex
+from tests.support.tarball import HARDLINK, entry, sparse_gnu, tarball
 from tests.support.trees import LAYER_SIZE, content, directory, file, files, layer_bytes, node, symlink
 from tests.support.viewed import viewed
 
@@ -125,6 +131,7 @@ def test_a_path_leads_to(view: RootFS, path: bytes, expected: tuple[bytes, ...])
         (b"nowhere", NotFoundError, "nowhere does not exist in the image"),
         (b"\xff", NotFoundError, "\\xff does not exist in the image"),
         (b"etc/" + b"n" * 300, NotFoundError, "etc/" + "n" * 300 + " does not exist in the image"),
+        (b"nul\0", NotFoundError, "nul\0 does not exist in the image"),
         (b"hard/", NotADirectoryInImageError, "hard/ is not a directory"),
         (b"hard/.", NotADirectoryInImageError, "hard/. is not a directory"),
         (b"hard/..", NotADirectoryInImageError, "hard/.. goes on below something that is not a directory"),
@@ -176,13 +183,13 @@ def test_a_trailing_slash_follows_all_the_same(view: RootFS) -> None:
 
 def test_listing_goes_on_from_any_position(view: RootFS) -> None:
     entries = list(view.readdir(view.root))
-    assert {entry.name for entry in entries} == {b".", b"..", *(ROOT.children or ())}
-    assert len(entries) == len({entry.name for entry in entries})
-    for number, entry in enumerate(entries):
-        assert list(view.readdir(view.root, entry.next_position)) == entries[number + 1 :]
-        assert view.lookup(view.root, entry.name) == entry.nid
-        assert view.inode(entry.nid).kind is entry.kind
-    assert len({entry.next_position for entry in entries}) == len(entries)
+    assert {found.name for found in entries} == {b".", b"..", *(ROOT.children or ())}
+    assert len(entries) == len({found.name for found in entries})
+    for number, found in enumerate(entries):
+        assert list(view.readdir(view.root, found.next_position)) == entries[number + 1 :]
+        assert view.lookup(view.root, found.name) == found.nid
+        assert view.inode(found.nid).kind is found.kind
+    assert len({found.next_position for found in entries}) == len(entries)
     assert list(view.readdir(view.root, 0)) == entries
 
 
@@ -310,3 +317,41 @@ def test_any_read_of_any_file_is_that_slice_of_it(made: Node, reads: list[tuple[
 
 def test_layers_are_as_large_as_the_tests_say() -> None:
     assert [len(data) for data in LAYERS] == [LAYER_SIZE] * 2 == [32_768] * 2
+
+
+# -- a real image ----------------------------------------------------------------------------------------------------
+
+
+def test_through_a_real_image_links_lead_and_sparse_files_read(tmp_path: Path) -> None:
+    tar = tarball(
+        entry("etc/passwd", b"root"),
+        entry("up", link="../../../../../../etc/passwd"),
+        sparse_gnu("sparse", [(1000, b"data"), (700_000, b"more")], 1_000_000),
+        entry("large", bytes(range(256)) * 4096),
+    )
+    layout.write_layout(tmp_path / "image", [tar])
+    expected = bytearray(1_000_000)
+    expected[1000:1004], expected[700_000:700_004] = b"data", b"more"
+    with (
+        Store(tmp_path / "cache") as store,
+        image.open_image(f"oci:{tmp_path}/image", store, ImageOptions()) as opened,
+    ):
+        view = look(opened)
+        assert read_both(view, view.resolve(b"up"), 0, 9) == b"root"
+        sparse, large = view.resolve(b"sparse"), view.resolve(b"large")
+        for offset, size in ((0, 2_000_000), (998, 8), (999_999, 8), (1_000_000, 8), (1 << 60, 8), (5, 0)):
+            assert read_both(view, sparse, offset, size) == bytes(expected[offset : offset + size])
+        for offset, size in ((0, 1 << 20), (1, 1), (262_140, 10), (1_048_570, 100), (2 << 20, 5)):
+            assert read_both(view, large, offset, size) == (bytes(range(256)) * 4096)[offset : offset + size]
+
+
+def test_h6_a_link_without_a_target_cannot_be_opened(tmp_path: Path) -> None:
+    layout.write_layout(tmp_path / "image", [tarball(entry("link", type=HARDLINK, link="gone"))])
+    with (
+        Store(tmp_path / "cache") as store,
+        image.open_image(f"oci:{tmp_path}/image", store, ImageOptions(examine=True)) as opened,
+    ):
+        view = look(opened)
+        with pytest.raises(NotReadableError, match="H6"):
+            view.check_readable(view.resolve(b"link"))
+        view.check_readable(view.root)

@@ -196,6 +196,23 @@ def test_blocking_reads_share_the_cache_and_decode_whole_spans() -> None:
     assert (reader.decoded_spans, reader.decoded_bytes) == (2, 20)
 
 
+def test_a_walk_over_much_data_keeps_the_cache_within_its_bound() -> None:
+    index, data = layer(*[1000] * 100)
+    reader = SpanReader([data], SpanCache(5500))
+    for span in range(100):
+        assert joined(reader.read_blocking(1, span * 1000, 1000)) == index.data[span * 1000 : span * 1000 + 1000]
+        assert reader.cache.size <= 5500
+    assert reader.cache.size == 5000
+
+
+def test_without_room_every_read_decodes() -> None:
+    index, data = layer(1000)
+    reader = SpanReader([data], SpanCache(0))
+    for _ in range(2):
+        assert joined(reader.read_blocking(1, 0, 10)) == index.data[:10]
+    assert index.decoded == [(0, None)] * 2
+
+
 # -- at most once at a time ------------------------------------------------------------------------------------------
 
 
