@@ -43,7 +43,14 @@ def chain(count: int) -> dict[bytes, Node]:
 HARD = file(9, 4096)
 ROOT = directory(
     {
-        b"etc": directory({b"passwd": file(100, 512), b"deep": directory({b"er": file(1, 1024)})}),
+        b"etc": directory(
+            {
+                b"passwd": file(100, 512),
+                b"deep": directory(
+                    {b"er": file(1, 1024), b"down": symlink(b"/etc/passwd"), b"up": symlink(b"../passwd")}
+                ),
+            }
+        ),
         b"hard": HARD,
         b"linked": HARD,
         b"pipe": node(Kind.FIFO),
@@ -110,6 +117,9 @@ PASSWD = (b"etc", b"passwd")
         (b"to-etc-slash/passwd", PASSWD),
         (b"to-etc/deep/er", (b"etc", b"deep", b"er")),
         (b"to-etc/..", ()),
+        (b"etc/deep/down", PASSWD),
+        (b"etc/deep/up", PASSWD),
+        (b"to-etc/deep/up", PASSWD),
         (b"to-root/etc/passwd", PASSWD),
         (b"to-root/to-root/absolute", PASSWD),
         (b"linked", (b"hard",)),

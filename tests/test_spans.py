@@ -424,6 +424,20 @@ def test_a_cold_span_is_decoded_as_far_as_needed_and_some() -> None:
     assert reader.decoded_bytes == 1500 + SLACK + LARGE
 
 
+def test_a_blocking_reader_decodes_again_what_is_there_only_in_part() -> None:
+    index, data = layer(LARGE)
+    reader = SpanReader([data])
+
+    async def test() -> None:
+        await reader.read(1, 0, 10)
+
+    run(test)
+    assert joined(reader.read_blocking(1, SLACK, 10)) == index.data[SLACK : SLACK + 10]
+    assert len(index.decoded) == 1
+    assert joined(reader.read_blocking(1, SLACK, 11)) == index.data[SLACK : SLACK + 11]
+    assert index.decoded == [(0, 10 + SLACK), (0, None)]
+
+
 def test_a_reader_near_the_end_decodes_the_whole_span() -> None:
     index, data = layer(LARGE)
     reader = SpanReader([data])
@@ -485,7 +499,7 @@ async def settle(reader: SpanReader) -> None:
         await trio.testing.wait_all_tasks_blocked(0.001)
 
 
-def test_a_reader_that_runs_forward_finds_the_next_span_decoded() -> None:
+def test_a_reader_that_runs_forward_finds_the_next_span_decoded(caplog: pytest.LogCaptureFixture) -> None:
     index, data = layer(*[100] * 6)
     reader = SpanReader([data])
 
@@ -504,8 +518,10 @@ def test_a_reader_that_runs_forward_finds_the_next_span_decoded() -> None:
         await step(400, [0, 1, 2, 3, 4, 5])
         await step(500, [0, 1, 2, 3, 4, 5])  # nothing comes after the last
 
-    run(test)
+    with caplog.at_level(logging.DEBUG):
+        run(test)
     assert index.decoded.count((2, None)) == 1
+    assert [record.message for record in caplog.records] == []
 
 
 @pytest.mark.parametrize("starts", [(500, 400, 300), (0, 200, 400), (300, 300, 300), (0, 300, 0, 500)])
