@@ -46,7 +46,7 @@ _log = logging.getLogger(__name__)
 FS_TYPES = {"fuse": "fuse.ocifs", "erofs": "erofs"}
 """File system type in mountinfo by driver: FUSE with subtype ocifs, or the kernel's own."""
 
-GOODBYE = 30.0
+GOODBYE = 10.0
 """Seconds `unmount` waits by default for a daemon to be gone before it says what may hold it."""
 
 
@@ -215,7 +215,7 @@ def records() -> Iterator[Record]:
                 elif record is None or there is None:
                     path.unlink(missing_ok=True)
                     path.with_suffix(".log").unlink(missing_ok=True)
-        _forget_old_logs()
+        _forget_leftovers()
     yield from sorted(found, key=lambda record: record.started_ns)
 
 
@@ -223,7 +223,13 @@ _LOGS_KEPT = 7 * 24 * 3600.0
 """Seconds that the log of a mount which failed is kept for whoever asks why: a week."""
 
 
-def _forget_old_logs() -> None:
+def _forget_leftovers() -> None:
+    """Remove old logs, and the private places of daemons that are dead."""
+    for place in runtime_dir().glob("*.devices"):
+        pid = place.stem.rpartition("-")[2]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+            with contextlib.suppress(OSError):  # still mounted: the next mount at its place sees to it
+                place.rmdir()
     for log in runtime_dir().glob("*.log"):
         with contextlib.suppress(FileNotFoundError):
             if time.time() - log.stat().st_mtime > _LOGS_KEPT and not log.with_suffix(".json").exists():
@@ -536,7 +542,15 @@ def unmount(mountpoint: Path, *, lazy: bool = False, patience: float = GOODBYE) 
                 raise NotFoundError(message)
             daemon = _pidfd(record.pid) if record and alive else None
             _unmounted(path, lazy=lazy or not alive)
-        if daemon is not None and not lazy and not select.select([daemon], [], [], patience)[0]:
+        if daemon is None or lazy or select.select([daemon], [], [], min(1.0, patience))[0]:
+            return
+        # Asked only now: the number of a file system that is gone may be another's already.
+        also = mount_of(there.device)
+        if also is not None:
+            where = f"{os.fsdecode(also.mountpoint)}, and its daemon serves that on"
+            message = f"{path} is unmounted, but the same mount is also at {where}"
+            raise BusyError(message)
+        if not select.select([daemon], [], [], patience)[0]:
             message = (
                 f"{path} is unmounted, but its daemon (pid {record.pid if record else 0}) still serves: another mount "
                 "namespace, such as a container's, holds a copy of the mount; it ends with that namespace"

@@ -642,3 +642,18 @@ def test_doctor_says_what_to_do_about_a_cache_that_cannot_be_used(run: Run) -> N
     status, out, _ = run("doctor", "--cache-dir", "/proc/nothing")
     assert status == 6
     assert b"choose another place with --cache-dir or OCIFS_CACHE_DIR" in out
+
+
+def test_index_examines_a_damaged_image_and_warns(tmp_path: Path) -> None:
+    write_layout(tmp_path / "image", [tarball(entry("file", b"x"))], compression="plain", tag="it")
+    blob = max((tmp_path / "image" / "blobs" / "sha256").iterdir(), key=lambda path: path.stat().st_size)
+    data = bytearray(blob.read_bytes())
+    data[512] ^= 1
+    blob.write_bytes(data)
+    words = ["index", "--examine", "--cache-dir", str(tmp_path / "cache"), f"oci:{tmp_path}/image:it"]
+    done = subprocess.run(
+        [sys.executable, "-m", "ocifs", *words], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert "has the wrong digest: expected sha256:" in done.stderr
+    assert "tree  built" in done.stdout

@@ -423,6 +423,6 @@ def _indexed(choice: Choice, ref: str) -> list[tuple[str, ...]]:
                 )
             done = "built" if witness.merged else "there already"
             rows.append((ref, "tree", done, "-", "-", "-", str(image.tree.metadata.inode_count), "-", f"{took:.2f}"))
-        if choice.examine or choice.verbose:
-            opt.show_warnings(image.warnings, choice)
+            warnings = image.warnings if choice.examine or choice.verbose else ()
+        opt.show_warnings(warnings, choice)
     return rows

@@ -82,8 +82,9 @@ class TerminalProgress:
         self._drawn = moment
         for layer, (label, size, done) in self._sizes.items():
             if layer not in self._tasks:
-                name = "archive" if layer == 0 else f"layer {layer}"
-                words = f"{name} {printable(label)}".strip()
+                # The end of a blob's path is its digest, of which the beginning is enough to know it by.
+                last = printable(label).rstrip("/").rsplit("/", 1)[-1][:12]
+                words = f"indexing archive {last}" if layer == 0 else f"indexing layer {layer} {last}"
                 self._tasks[layer] = self._bar.add_task(words, total=size or None)
             self._bar.update(self._tasks[layer], completed=done)
         self._bar.refresh()
@@ -101,7 +102,7 @@ def _new_bar() -> Bar:
     from rich.progress import Progress as Bar  # noqa: PLC0415
 
     return Bar(
-        TextColumn("indexing {task.description}", markup=False),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(binary_units=True),
         TransferSpeedColumn(),
