@@ -220,7 +220,9 @@ class NewFile:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        """Close, and remove what was not published."""
+        """Close, and remove what was not published. Harmless when repeated."""
+        if self.file.closed:
+            return
         if not self._published:
             with contextlib.suppress(OSError):  # what stays is swept later
                 os.unlink(self._name, dir_fd=self._store.dir_of("tmp"))

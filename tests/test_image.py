@@ -20,8 +20,9 @@ import pytest
 import zstandard
 
 from ocifs import image, image_tree, layer_index, overlay
-from ocifs.errors import DamagedError, MachineError, OcifsError, UnsupportedError, UsageError
+from ocifs.errors import CacheDamagedError, DamagedError, MachineError, OcifsError, UnsupportedError, UsageError
 from ocifs.image import ImageOptions, Resolved, open_image, open_layers, resolve
+from ocifs.image.indexing import MAX_PASSES, Indexing
 from ocifs.rootfs import NotReadableError, RootFS, view
 from ocifs.store import Kind, Store
 from ocifs.tree import Kind as NodeKind
@@ -756,6 +757,109 @@ def test_a_stale_or_damaged_entry_is_built_again_without_a_word(
     assert (("merging", 2) in spy.events) == (kind is Kind.TREE)
 
 
+def _damage(path: Path, at: int, size: int = 1) -> None:
+    """In place, as a disk does it."""
+    with path.open("r+b") as file:
+        file.seek(at)
+        data = file.read(size)
+        file.seek(at)
+        file.write(bytes(byte ^ 0xFF for byte in data))
+
+
+def _section(path: Path, number: int) -> int:
+    """Where a section of an index begins: 0 META, 1 NOTICES, 2 FRAMES, 3 SPANS."""
+    return int(struct.unpack_from("<Q", path.read_bytes(), 24 + 48 * number)[0])
+
+
+@pytest.mark.parametrize("where", ["entry frame", "table of frames", "notices"])
+def test_an_index_found_damaged_while_layers_are_merged_is_built_again_at_once(
+    store: Store, tmp_path: Path, where: str
+) -> None:
+    digests = write_layout(tmp_path / "image", [BASE, UPPER])
+    look(store, f"oci:{tmp_path}/image")
+    store.clear()
+    for layer in open_layers(resolve(f"oci:{tmp_path}/image", ImageOptions(), store), store, ImageOptions()):
+        layer.close()
+    path = store.path / "layers" / key(digests["layers"][1])
+    _damage(path, {"entry frame": 248, "table of frames": _section(path, 2), "notices": _section(path, 1)}[where])
+    spy = Spy()
+    before = open_files()
+    assert look(store, f"oci:{tmp_path}/image", spy) == SEEN_UPPER
+    assert spy.built() == [2]
+    assert open_files() == before
+    assert nothing_half_done(store)
+
+
+def test_what_is_damaged_again_and_again_is_an_error(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_layout(tmp_path / "image", [BASE])
+
+    def merge(*_: object) -> None:
+        raise CacheDamagedError("still bad")
+
+    monkeypatch.setattr(overlay, "merge", merge)
+    with pytest.raises(CacheDamagedError, match="still bad"):
+        look(store, f"oci:{tmp_path}/image")
+
+
+@pytest.mark.parametrize("what", ["window", "spans", "copy"])
+def test_what_is_found_damaged_while_it_is_served_is_an_error_and_built_again_next_time(
+    store: Store, tmp_path: Path, what: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = bytes(random.Random(2).choices(b"ocifs \n", k=6 << 20))  # which refers to what came before
+    tar = tarball(entry("text", data=text), entry("zeros", data=bytes(20 << 20)))
+    write_layout(tmp_path / "image", [tar], compression="zstd" if what == "copy" else "gzip")
+    reference = f"oci:{tmp_path}/image"
+    seen = look(store, reference)
+    kind = Kind.REFRAMED if what == "copy" else Kind.LAYER
+    [victim] = kept(store, kind)
+    path = store.path / kind.value / victim
+    os.link(path, tmp_path / "held")
+    with open_image(reference, store, ImageOptions()) as opened:
+        span = opened.layers[0].index.spans[1]
+    assert (span.window_size > 0) == (what != "copy")
+    at = {"window": span.window_offset, "copy": span.blob_offset}.get(what) or _section(path, 3)
+    _damage(path, at)
+    with open_image(reference, store, ImageOptions()) as opened, pytest.raises(CacheDamagedError):
+        contents(view(opened))
+    assert not path.exists()
+    assert ("it is built again when the layer is opened next" in caplog.text) == (what != "spans")
+    spy = Spy()
+    assert look(store, reference, spy) == seen
+    assert spy.built() == [1]
+    assert path.stat().st_ino != (tmp_path / "held").stat().st_ino
+
+
+def test_a_tree_found_damaged_while_it_is_served_is_an_error_and_built_again_next_time(
+    store: Store, tmp_path: Path
+) -> None:
+    names = [f"{number:04}" + "x" * 200 for number in range(2000)]
+    write_layout(tmp_path / "image", [tarball(*(entry(name) for name in names))])
+    reference = f"oci:{tmp_path}/image"
+    look(store, reference)
+    [path] = (store.path / "trees").iterdir()
+    with open_image(reference, store, ImageOptions()) as opened:
+        _damage(path, opened.tree.image_size // 2)  # not in the blocks that opening reads
+        with pytest.raises(CacheDamagedError, match=r"^the image tree .* is damaged: block "):
+            opened.tree.read_range(0, opened.tree.image_size)
+    assert not path.exists()
+    spy = Spy()
+    assert list(look(store, reference, spy)) == names
+    assert spy.events == [("merging", 1)]
+
+
+def test_a_damaged_blob_is_not_taken_for_a_damaged_cache(store: Store, tmp_path: Path) -> None:
+    digests = write_layout(tmp_path / "image", [BASE])
+    look(store, f"oci:{tmp_path}/image")
+    before = inodes(store, Kind.LAYER)
+    _damage(blob_path(tmp_path / "image", digests["layers"][0]), 50)
+    with pytest.raises(DamagedError, match="its bytes have changed since the index was built") as caught:
+        look(store, f"oci:{tmp_path}/image")
+    assert not isinstance(caught.value, CacheDamagedError)
+    assert inodes(store, Kind.LAYER) == before
+
+
 # -- compressed archives ---------------------------------------------------------------------------------------------
 
 
@@ -1010,6 +1114,73 @@ def test_a_disk_that_is_full_when_the_tree_is_written(
     assert nothing_half_done(store)
     monkeypatch.undo()
     assert look(store, f"oci:{tmp_path}/image") == SEEN_BASE
+
+
+MANY = textwrap.dedent("""
+    import resource, sys
+    from pathlib import Path
+    from ocifs.errors import MachineError
+    from ocifs.image import ImageOptions, open_image
+    from ocifs.rootfs import view
+    from ocifs.store import Store
+    from tests.test_image import contents
+
+    cache, reference, hard = sys.argv[1:]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (128, int(hard)))
+    with Store(Path(cache)) as store:
+        for _ in range(2):
+            try:
+                with open_image(reference, store, ImageOptions()) as image:
+                    print(len(contents(view(image))))
+            except MachineError as error:
+                print(error)
+""")
+
+
+@pytest.mark.parametrize("hard", [4096, 200])
+def test_an_image_may_have_more_layers_than_files_may_usually_be_open(tmp_path: Path, hard: int) -> None:
+    """Three descriptors a layer: the soft limit is raised as far as the hard one allows; what does not fit is said."""
+    layers = [tarball(entry(f"file{number}", data=b"%d" % number)) for number in range(300)]
+    write_layout(tmp_path / "image", layers, compression="plain")
+    command = [sys.executable, "-c", MANY, str(tmp_path / "cache"), f"oci:{tmp_path}/image", str(hard)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
+    assert done.stderr == ""
+    if hard == 200:
+        assert all("Too many open files" in line for line in done.stdout.splitlines())
+        assert len(done.stdout.splitlines()) == 2
+    else:
+        assert done.stdout == "300\n300\n"
+
+
+def test_passes_at_once_are_bounded_however_many_cpus_there_are(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_layout(tmp_path / "image", [tarball(entry(f"file{number}")) for number in range(12)])
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64))
+    at_once: list[int] = []
+    step = Indexing._step
+
+    def counted(self: Indexing, running: list[Any]) -> None:
+        at_once.append(len(running))
+        step(self, running)
+
+    monkeypatch.setattr(Indexing, "_step", counted)
+    assert len(look(store, f"oci:{tmp_path}/image")) == 12
+    assert max(at_once) == MAX_PASSES == 4
+
+
+def test_a_cache_that_grew_too_large_is_made_smaller_once_an_image_is_open(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_layout(tmp_path / "one", [BASE])
+    write_layout(tmp_path / "two", [UPPER])
+    look(store, f"oci:{tmp_path}/one")
+    monkeypatch.setenv("OCIFS_CACHE_SIZE", "0")
+    spy = Spy()
+    with open_image(f"oci:{tmp_path}/two", store, ImageOptions(), spy) as opened:
+        assert [one.in_use for one in store.entries()] == [True, True]
+        assert contents(view(opened))
+    assert look(store, f"oci:{tmp_path}/two", Spy()) == {"etc": None, "etc/c": b"three\n" * 500}
 
 
 FULL = textwrap.dedent("""

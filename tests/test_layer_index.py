@@ -655,7 +655,8 @@ def test_rapidgzip_is_believed_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_leaving_a_build_kills_its_child() -> None:
     with open(os.memfd_create("out"), "w+b") as out, open(os.memfd_create("copy"), "w+b") as copy:
         with Build(_Fails(made("gzip by zlib"), 1_000_000, signal.pause), out=out, reframed=copy) as one:
-            child = one._pid
+            assert one._child is not None
+            child = one._child.pid
         with pytest.raises(ProcessLookupError):
             os.kill(child, 0)
 
@@ -666,7 +667,8 @@ def test_a_child_dies_with_its_parent() -> None:
     if parent == 0:
         out = open(os.memfd_create("out"), "w+b")  # noqa: SIM115 - this process is about to be killed
         one = Build(_Fails(made("gzip by zlib"), 1_000_000, signal.pause), out=out)
-        os.write(writer, b"%d" % one._pid)
+        assert one._child is not None
+        os.write(writer, b"%d" % one._child.pid)
         os.kill(os.getpid(), signal.SIGKILL)
     os.close(writer)
     # The child has the pipe open as well: its end is the end of the pipe.
@@ -676,6 +678,15 @@ def test_a_child_dies_with_its_parent() -> None:
     os.waitpid(parent, 0)
 
 
+@pytest.mark.parametrize(("asked", "used"), [(0, 4), (3, 3), (64, 4)])
+def test_no_pass_has_more_threads_than_memory_is_reckoned_for(
+    monkeypatch: pytest.MonkeyPatch, asked: int, used: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64))
+    with open(os.memfd_create("out"), "w+b") as out, Build(MemoryBlob(gz(layer())), out=out, threads=asked) as one:
+        assert one._job.threads == used
+
+
 def test_several_layers_at_once() -> None:
     layers = [layer()[: size * 512] for size in (100, 4000, 20)]
     with contextlib.ExitStack() as stack:
@@ -683,7 +694,10 @@ def test_several_layers_at_once() -> None:
         for data in layers:
             out = stack.enter_context(open(os.memfd_create("out"), "w+b"))
             builds.append(stack.enter_context(Build(MemoryBlob(gz(data)), out=out, threads=1)))
-        results = {one.result().diff_id for one in layer_index.wait_any(builds)}
+        for one in builds:
+            while not one.step():
+                pass
+        results = {one.result().diff_id for one in builds}
     assert results == {DiffID.of(data) for data in layers}
 
 

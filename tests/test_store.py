@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import signal
 import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from ocifs.errors import DamagedError, MachineError, StaleFormatError
-from ocifs.store import Freed, Kind, Store, StoredFile, default_path
+from ocifs.errors import CacheDamagedError, DamagedError, MachineError, StaleFormatError, UsageError
+from ocifs.store import DEFAULT_LIMIT, Freed, Kind, Store, StoredFile, default_path, size_limit
 
 
 @pytest.fixture
@@ -234,6 +238,228 @@ def test_a_full_disk_is_told_in_one_sentence_and_leaves_nothing(tmp_path: Path) 
             assert os.listdir(tmp_path / "cache" / "tmp") == []
     finally:
         subprocess.run(["umount", tmp_path], check=True)
+
+
+# -- locks and children ----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def a_child() -> Iterator[None]:
+    """Fork a process that keeps open what we have open, as an index pass does, until the block ends."""
+    pid = os.fork()
+    if pid == 0:
+        while True:
+            signal.pause()
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def test_a_build_lock_that_was_released_is_free_though_a_child_lives_on(store: Store) -> None:
+    lock = store.try_lock(Kind.LAYER, "k")
+    assert lock is not None
+    waiter = os.open(store.path / "locks" / "layers.k", os.O_RDWR)  # as who waits has it open
+    with a_child():
+        lock.release()
+        fcntl.flock(waiter, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(waiter)
+
+
+def test_an_entry_that_was_published_can_be_opened_though_a_child_lives_on(store: Store) -> None:
+    with store.new(Kind.LAYER) as new:
+        new.file.write(b"whole")
+        with a_child():
+            new.publish("k")
+            with open(store.path / "layers" / "k", "rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            assert read(store, Kind.LAYER, "k") == b"whole"
+
+
+def test_what_was_given_up_is_not_locked_though_a_child_lives_on(store: Store) -> None:
+    with store.new(Kind.LAYER) as new:
+        path = next((store.path / "tmp").iterdir())
+        with open(path, "rb") as file, a_child():
+            new.__exit__()
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+# -- what goes wrong -------------------------------------------------------------------------------------------------
+
+
+def test_locks_of_killed_builders_are_swept_and_those_that_are_held_are_not(store: Store) -> None:
+    dead = store.path / "locks" / "layers.dead"
+    dead.touch()
+    os.utime(dead, (1, 1))
+    with store.lock(Kind.LAYER, "alive"):
+        alive = store.path / "locks" / "layers.alive"
+        os.utime(alive, (1, 1))
+        with Store(store.path):
+            assert not dead.exists()
+            assert alive.exists()
+    assert os.listdir(store.path / "locks") == []
+
+
+def refuse_locks(number: int) -> Any:
+    def flock(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return flock
+
+
+def test_a_file_that_cannot_be_locked_is_told_and_leaves_nothing_open(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(store, Kind.LAYER, "k", b"x")
+    before = os.listdir("/proc/self/fd")
+    monkeypatch.setattr(fcntl, "flock", refuse_locks(errno.ENOLCK))
+    for act in (
+        lambda: store.new(Kind.LAYER),
+        lambda: store.try_lock(Kind.LAYER, "k"),
+        lambda: store.open_entry(Kind.LAYER, "k"),
+        lambda: list(store.entries()),
+        lambda: store.gc(0),
+    ):
+        with pytest.raises(MachineError, match=r"^cannot .* the cache directory .*: No locks available"):
+            act()
+    monkeypatch.undo()
+    assert os.listdir("/proc/self/fd") == before
+    assert os.listdir(store.path / "tmp") == []
+
+
+def test_an_exclusive_lock_is_asked_for_with_a_file_open_for_writing(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS refuses it otherwise (EBADF)."""
+    put(store, Kind.LAYER, "k", b"x")
+    flock = fcntl.flock
+
+    def as_nfs(fd: int, how: int) -> None:
+        writable = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
+        if how & fcntl.LOCK_EX and not writable:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        flock(fd, how)
+
+    monkeypatch.setattr(fcntl, "flock", as_nfs)
+    assert [one.in_use for one in store.entries()] == [False]
+    assert store.clear().entries == 1
+
+
+def test_what_is_no_regular_file_is_in_nobodys_use(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").write_bytes(b"foreign")
+    (store.path / "layers" / "link").symlink_to(tmp_path / "elsewhere")
+    os.mkfifo(store.path / "layers" / "pipe")
+    (store.path / "layers" / "directory").mkdir()
+    assert sorted((one.key, one.in_use) for one in store.entries()) == [("link", False), ("pipe", False)]
+    assert store.clear().entries == 2
+    assert os.listdir(store.path / "layers") == ["directory"]
+    assert (tmp_path / "elsewhere").read_bytes() == b"foreign"
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"), [(errno.EIO, CacheDamagedError), (errno.ENOMEM, MachineError)], ids=["EIO", "ENOMEM"]
+)
+def test_an_entry_that_cannot_be_read_is_told(
+    store: Store, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[Exception]
+) -> None:
+    put(store, Kind.LAYER, "k", b"x")
+    file = store.open_entry(Kind.LAYER, "k")
+    assert file is not None
+
+    def fail(*_: object) -> bytes:
+        raise OSError(number, os.strerror(number))
+
+    with file:
+        monkeypatch.setattr(os, "pread", fail)
+        with pytest.raises(kind) as caught:
+            file.read_at(0, 1)
+    assert type(caught.value) is kind
+    path = store.path / "layers" / "k"
+    assert str(caught.value) == f"the cache entry {path} cannot be read at offset 0: {os.strerror(number)}"
+
+
+def test_too_many_open_files_are_told_with_what_helps(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(os, "open", fail)
+    with pytest.raises(MachineError, match=r"Too many open files; every layer needs a few: .* 'ulimit -n'"):
+        store.open_entry(Kind.LAYER, "k")
+
+
+def test_an_entry_is_discarded_only_where_its_name_still_stands_for_it(store: Store) -> None:
+    put(store, Kind.LAYER, "k", b"damaged")
+    file = store.open_entry(Kind.LAYER, "k")
+    assert file is not None
+    with file:
+        put(store, Kind.LAYER, "k", b"built again by somebody else")
+        file.discard()
+        assert read(store, Kind.LAYER, "k") == b"built again by somebody else"
+    file = store.open_entry(Kind.LAYER, "k")
+    assert file is not None
+    with file:
+        store.close()
+        file.discard()
+        assert os.listdir(store.path / "layers") == []
+        assert file.read_at(0, 5) == b"built"
+        file.discard()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a link to somebody else")
+def test_a_symbolic_link_to_the_cache_counts_only_if_it_is_ours(tmp_path: Path) -> None:
+    Store(tmp_path / "cache").close()
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "cache")
+    Store(link).close()
+    os.chown(link, 1234, 1234, follow_symlinks=False)
+    with pytest.raises(MachineError, match="link is a symbolic link that belongs to user 1234, not to you"):
+        Store(link)
+
+
+# -- the limit -------------------------------------------------------------------------------------------------------
+
+
+def test_a_store_that_grew_is_made_smaller_when_it_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OCIFS_CACHE_SIZE", "20K")
+    with Store(tmp_path / "cache") as store:
+        for second, key in enumerate(["used", "old", "new"]):
+            put(store, Kind.LAYER, key, bytes(8192))
+            os.utime(store.path / "layers" / key, (second, second))
+        used = store.open_entry(Kind.LAYER, "used")
+        assert used is not None
+        os.utime(used.fd, (0, 0))
+    assert sorted(os.listdir(tmp_path / "cache" / "layers")) == ["new", "used"]
+    used.close()
+    monkeypatch.setenv("OCIFS_CACHE_SIZE", "0")
+    with Store(tmp_path / "cache"):
+        pass  # what adds nothing removes nothing
+    assert len(os.listdir(tmp_path / "cache" / "layers")) == 2
+
+
+def test_a_limit_that_is_none_is_no_reason_to_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("OCIFS_CACHE_SIZE", "lots")
+    with Store(tmp_path / "cache") as store:
+        put(store, Kind.LAYER, "k", b"x")
+    assert "OCIFS_CACHE_SIZE is 'lots', which is not a size such as 500M or 20GiB" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("", DEFAULT_LIMIT), ("0", 0), ("4096", 4096), ("500M", 500 << 20), ("2GiB", 2 << 30), ("1tb", 1 << 40)],
+)
+def test_the_limit_can_be_set(monkeypatch: pytest.MonkeyPatch, text: str, size: int) -> None:
+    monkeypatch.setenv("OCIFS_CACHE_SIZE", text)
+    assert size_limit() == size
+
+
+@pytest.mark.parametrize("text", ["M", "-1", "1.5G", "5X", "\u0665"])
+def test_a_limit_that_is_none_is_told(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("OCIFS_CACHE_SIZE", text)
+    with pytest.raises(UsageError, match="OCIFS_CACHE_SIZE is "):
+        size_limit()
 
 
 def test_the_default_place(monkeypatch: pytest.MonkeyPatch) -> None:

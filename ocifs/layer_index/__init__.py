@@ -8,7 +8,7 @@ Not here: where index files are kept (`ocifs.store`), what entries mean together
 spans (`ocifs.rootfs`).
 """
 
-from ocifs.layer_index.child import Build, Built, Expected, StoredBytes, build, wait_any
+from ocifs.layer_index.child import Build, Built, Expected, StoredBytes, build
 from ocifs.layer_index.format import (
     FORMAT_VERSION,
     LayerIndex,
@@ -32,5 +32,4 @@ __all__ = [
     "StoredBytes",
     "build",
     "load",
-    "wait_any",
 ]

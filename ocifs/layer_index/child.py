@@ -6,37 +6,28 @@ open blob and files and tells through a pipe how far it is, and in the end what 
 parent. A child that dies by itself, takes too much memory or gets nowhere is started again without rapidgzip, the only
 part that could be the cause; if that dies too, it is an error with a plain message.
 
-Fork, not spawn: the blob and the files are open descriptors, and starting Python again costs as much as indexing a
-small layer. It is safe because the caller has no other threads that could hold a lock at that moment.
-
-Not here: what a pass does, where its files go.
+Not here: what a pass does, where its files go, how a child is started and what becomes of its errors (`ocifs.forked`).
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import errno
-import faulthandler
 import os
 import resource
-import select
 import signal
 import threading
 import time
-import traceback
-from collections.abc import Callable, Iterable, Iterator
-from typing import BinaryIO, Final, Never, Self
+from collections.abc import Callable
+from typing import BinaryIO, Final, Self
 
 import msgspec
 
-from ocifs import errors
-from ocifs.errors import MachineError, OcifsError
+from ocifs.errors import MachineError
+from ocifs.forked import Child, Failed, died, start
 from ocifs.layer_index.job import Built, Expected, Job, StoredBytes
 
-__all__ = ["Build", "Built", "Expected", "StoredBytes", "build", "wait_any"]
+__all__ = ["Build", "Built", "Expected", "StoredBytes", "build"]
 
-_PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
 _REPORT_EVERY: Final = 1 << 22
 """Bytes of progress between two reports through the pipe: 4 MiB, a hundred reports a second at most."""
 
@@ -48,7 +39,7 @@ times their size, and a handful of them are under way). A limit on allocations (
 its allocator reserves ten times what it uses, and dies when refused.
 """
 MAX_THREADS: Final = 4
-"""rapidgzip's threads by default, at most. Its memory grows with them, and hashing in one thread keeps pace with three."""
+"""rapidgzip's threads, at most. Its memory grows with them, and hashing in one thread keeps pace with three."""
 _TOO_LARGE: Final = 75
 """Exit status of a child that exceeded `MEMORY_LIMIT`; any that nothing else uses."""
 _WATCH_INTERVAL: Final = 0.05
@@ -58,17 +49,11 @@ class _Progress(msgspec.Struct, tag=True):
     stored: int
 
 
-class _Failed(msgspec.Struct, tag=True):
-    kind: str
-    """The name of the `OcifsError` class; empty for what must not happen."""
-    message: str
-
-
 class _Finished(msgspec.Struct, tag=True):
     built: Built
 
 
-_Message = _Progress | _Failed | _Finished
+_Message = _Progress | Failed | _Finished
 
 
 def build(
@@ -89,7 +74,7 @@ def build(
     and hold rubbish after an error. ``progress`` is told how many stored bytes are done. With ``tolerant`` (examination)
     what does not match is noted in the index instead of raised, and data that breaks off is indexed up to there. With
     ``archive`` the blob is an outer archive, which may also be compressed with xz or bzip2. ``threads`` is how many
-    rapidgzip uses; 0: one per CPU, up to `MAX_THREADS`.
+    rapidgzip uses, up to `MAX_THREADS`; 0: one per CPU.
 
     Raises `DamagedError` for a blob that is not what was expected or does not decode, `UnsupportedError` for one that is
     no layer, `MachineError` if the disk is full or the pass was killed.
@@ -107,24 +92,6 @@ def build(
         return built
 
 
-def wait_any(builds: Iterable[Build]) -> Iterator[Build]:
-    """Give each build as it finishes, in the order they do; for several layers at once. Call `Build.result` on each.
-
-    Between two of them all builds make progress; ``stored`` says how much.
-    """
-    waiting = {one.fileno(): one for one in builds}
-    while waiting:
-        poll = select.poll()
-        for fd in waiting:
-            poll.register(fd, select.POLLIN)
-        for fd, _event in poll.poll():
-            one = waiting.pop(fd)
-            if one.step():
-                yield one
-            else:
-                waiting[one.fileno()] = one  # a second attempt has another pipe
-
-
 class Build:
     """One running build. Arguments as `build`. Leaving the context kills what still runs."""
 
@@ -140,37 +107,29 @@ class Build:
         threads: int = 0,
     ) -> None:
         """Start the child process."""
-        threads = threads or min(MAX_THREADS, len(os.sched_getaffinity(0)))
+        threads = min(MAX_THREADS, threads or len(os.sched_getaffinity(0)))
         self._job = Job(blob, expected or Expected(), out, reframed, tolerant, archive, threads)
+        self._doing = f"indexes {blob.name}"
         self._certain = False
-        self._outcome: _Failed | _Finished | None = None
-        self._pid = self._pipe = -1
+        self._outcome: Failed | _Finished | None = None
         self.stored = 0
         """Stored bytes done so far."""
-        self._start()
+        self._child: Child | None = self._start()
 
-    def _start(self) -> None:
+    def _start(self) -> Child:
         self._received = bytearray()
-        try:
-            reader, writer = os.pipe2(os.O_CLOEXEC)
-            parent = os.getpid()
-            pid = os.fork()
-        except OSError as error:
-            raise MachineError(f"cannot start a process to index {self._job.blob.name}: {error.strerror}") from None
-        if pid == 0:
-            _child(self._job, writer, parent, certain=self._certain)
-        os.close(writer)
-        self._pid, self._pipe = pid, reader
+        job, certain = self._job, self._certain
+        return start(lambda pipe: _main(job, pipe, certain=certain), self._doing)
 
     def fileno(self) -> int:
         """Give the descriptor that is readable when `step` has something to do."""
-        return self._pipe
+        return -1 if self._child is None else self._child.pipe
 
     def step(self) -> bool:
         """Wait for news of the child; True when the build is over."""
         if self._outcome is not None:
             return True
-        data = os.read(self._pipe, 1 << 16)
+        data = os.read(self.fileno(), 1 << 16)
         self._received += data
         while self._outcome is None and (message := self._next_message()) is not None:
             if isinstance(message, _Progress):
@@ -189,24 +148,16 @@ class Build:
         del self._received[: 4 + size]
         return message
 
-    def _died(self) -> _Failed | None:
+    def _died(self) -> Failed | None:
         """Say how the child ended without a word, or start it again."""
         status = self._reap()
-        name = self._job.blob.name
-        killed = os.WIFSIGNALED(status)
-        number = os.WTERMSIG(status) if killed else 0
-        crashed = killed and number not in {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+        number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+        crashed = number not in {0, signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
         if not self._certain and (crashed or os.waitstatus_to_exitcode(status) == _TOO_LARGE):
             self._certain = True
-            self._start()
+            self._child = self._start()
             return None
-        if killed:
-            how = f"was ended by signal {number} ({signal.strsignal(number)})"
-            if number == signal.SIGKILL:
-                how += ", perhaps because memory ran out; free some and try again"
-        else:
-            how = f"ended with status {os.waitstatus_to_exitcode(status)}"
-        return _Failed("MachineError", f"the process that indexes {name} {how}")
+        return Failed.of(died(status, self._doing))
 
     def result(self) -> Built:
         """Give what was built, once `step` said that it is over, or raise what went wrong."""
@@ -214,27 +165,18 @@ class Build:
             case _Finished(built):
                 self.stored = built.stored_size
                 return built
-            case _Failed(kind, message) if kind:
-                error_class = getattr(errors, kind)
-                raise error_class(message)
-            case _Failed(_, message):
-                raise RuntimeError(f"the index pass of {self._job.blob.name} failed:\n{message}")
+            case Failed() as failed:
+                raise failed.error(self._doing)
             case None:
                 raise RuntimeError("the build is not over")
 
-    def _reap(self) -> int:
-        os.close(self._pipe)
-        _pid, status = os.waitpid(self._pid, 0)
-        self._pid = self._pipe = -1
-        return status
+    def _reap(self, *, kill: bool = False) -> int:
+        child, self._child = self._child, None
+        return 0 if child is None else child.reap(kill=kill)
 
     def close(self) -> None:
         """Kill the child if it still runs. Harmless when repeated."""
-        if self._pid >= 0:
-            if self._outcome is None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(self._pid, signal.SIGKILL)
-            self._reap()
+        self._reap(kill=self._outcome is None)
 
     def __enter__(self) -> Self:
         """Nothing to do: the child runs already."""
@@ -248,33 +190,15 @@ class Build:
 # --- the child ----------------------------------------------------------------------------------------------------------
 
 
-def _child(job: Job, pipe: int, parent: int, *, certain: bool) -> Never:
-    """Do the work in the forked process; never returns, for what is above on the stack is the parent's."""
-    status = 1
-    try:
-        _live_alone(parent)
-        if not certain:
-            threading.Thread(target=_watch_memory, daemon=True).start()
-        _send(pipe, _work(job, pipe, certain=certain))
-        status = 0
-    finally:
-        # Not sys.exit: atexit handlers, buffered output and open files are the parent's to handle.
-        os._exit(status)
-
-
-def _live_alone(parent: int) -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it died before the line above
-        os._exit(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's ^C goes to all; the parent decides what it means
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGALRM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_DFL)
-    signal.set_wakeup_fd(-1)
-    faulthandler.disable()  # whose descriptor is the parent's, too
+def _main(job: Job, pipe: int, *, certain: bool) -> None:
+    """Do the work in the forked process."""
     # rapidgzip explains itself on standard error, which is the user's.
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)
     os.close(null)
+    if not certain:
+        threading.Thread(target=_watch_memory, daemon=True).start()
+    _send(pipe, _work(job, pipe, certain=certain))
 
 
 def _watch_memory() -> None:
@@ -287,7 +211,7 @@ def _watch_memory() -> None:
             os._exit(_TOO_LARGE)
 
 
-def _work(job: Job, pipe: int, *, certain: bool) -> _Failed | _Finished:
+def _work(job: Job, pipe: int, *, certain: bool) -> Failed | _Finished:
     from ocifs.layer_index.passes import disk_problem, run  # noqa: PLC0415 (loaded before the fork: `Build`)
 
     reported = 0
@@ -300,15 +224,12 @@ def _work(job: Job, pipe: int, *, certain: bool) -> _Failed | _Finished:
 
     try:
         return _Finished(run(job, progress, certain=certain))
-    except OcifsError as error:
-        return _Failed(type(error).__name__, str(error))
     except OSError as error:
-        problem = disk_problem(error, job.blob.name)
-        return _Failed(type(problem).__name__, str(problem))
+        return Failed.of(disk_problem(error, job.blob.name))
     except MemoryError:
-        return _Failed("MachineError", f"indexing {job.blob.name} needs more memory than there is")
-    except BaseException:  # noqa: BLE001 - a bug: it goes to the parent, which raises it
-        return _Failed("", traceback.format_exc())
+        return Failed.of(MachineError(f"indexing {job.blob.name} needs more memory than there is"))
+    except BaseException as error:  # noqa: BLE001 - a bug, too: it goes to the parent, which raises it
+        return Failed.of(error)
 
 
 def _send(pipe: int, message: _Message) -> None:
