@@ -896,6 +896,23 @@ def test_a_compressed_archive_is_read_once_and_then_known(store: Store, tmp_path
     assert nothing_half_done(store)
 
 
+def test_an_archive_changed_in_place_with_its_old_size_and_mtime_is_read_again(store: Store, tmp_path: Path) -> None:
+    path = tmp_path / "image"
+    texts = (b"old\n", b"new\n")
+    for text in texts:
+        write_oci_archive(tmp_path / os.fsdecode(text[:3]), [tarball(entry("version", data=text))], outer="zstd")
+    old, new = ((tmp_path / os.fsdecode(text[:3])).read_bytes() for text in texts)
+    size = max(len(old), len(new)) + 8
+    padded = [
+        data + struct.pack("<II", 0x184D2A50, size - len(data) - 8) + bytes(size - len(data) - 8) for data in (old, new)
+    ]
+    for text, data in zip(texts, padded, strict=True):
+        with path.open("r+b" if path.exists() else "wb") as file:
+            file.write(data)
+        os.utime(path, ns=(1, 1))
+        assert look(store, f"oci-archive:{path}") == {"version": text}
+
+
 def test_a_compressed_archive_whose_index_was_evicted_is_read_again(store: Store, tmp_path: Path) -> None:
     write_oci_archive(tmp_path / "image", [BASE], outer="gzip")
     look(store, f"oci-archive:{tmp_path}/image")
@@ -954,6 +971,21 @@ def test_progress_begins_advances_and_ends_each_layer(store: Store, tmp_path: Pa
         assert all(0 <= one <= size for one in done)
         assert {event[0] for event in events[1:-1]} == {"advance"}
     assert spy.events[-1] == ("merging", 3)
+
+
+def test_layers_are_indexed_at_once_the_largest_first(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    write_layout(
+        tmp_path / "image", [BASE, tarball(entry("noise", data=NOISE)), tarball(entry("n", data=NOISE[:9999]))]
+    )
+    spy = Spy()
+    look(store, f"oci:{tmp_path}/image", spy)
+    order = [event[:2] for event in spy.events if event[0] in ("begin", "end")]
+    assert order[:2] == [("begin", 2), ("begin", 3)]
+    assert order[2][0] == "end"
+    assert order[3] == ("begin", 1)
 
 
 def test_progress_ends_what_failed_and_what_was_stopped_by_it(store: Store, tmp_path: Path) -> None:
