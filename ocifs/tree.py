@@ -50,7 +50,7 @@ class Node:
 
     ``mode`` is the 12 permission bits. ``mtime_ns`` is nanoseconds since the epoch, never negative. ``size`` is the
     file's size in bytes (FILE only); bytes in no extent are holes. ``unreadable`` marks a file that reads EIO (rules D6,
-    H6 and L2 under examination). ``rdev`` is (major, minor) for CHAR and BLOCK. ``xattrs`` holds what is shown, sorted by name.
+    H6 and L2 under examination). ``rdev`` is (major, minor) for CHAR and BLOCK. ``xattrs`` holds what is shown, by name.
     """
 
     kind: Kind

@@ -985,7 +985,7 @@ def test_layers_are_indexed_at_once_the_largest_first(
     order = [event[:2] for event in spy.events if event[0] in ("begin", "end")]
     assert order[:2] == [("begin", 2), ("begin", 3)]
     assert order[2][0] == "end"
-    assert order[3] == ("begin", 1)
+    assert ("begin", 1) in order[3:]  # both of the others may have ended at the same moment
 
 
 def test_progress_ends_what_failed_and_what_was_stopped_by_it(store: Store, tmp_path: Path) -> None:
