@@ -15,8 +15,8 @@ How a mount ends
     record goes, exit status 0. After kill -9 the kernel answers ENOTCONN on the mount point; the next ``ocifs mount`` or
     ``ocifs umount`` of that directory removes the dead mount.
 
-    Under the ``erofs`` driver the mount itself outlives a killed daemon and answers EIO for what the kernel has not cached;
-    those two commands find it by the record that nobody has locked.
+    Under the ``erofs`` driver the mount itself outlives a killed daemon and answers ENOTCONN for what the kernel has not
+    cached; those two commands find it by the record that nobody has locked.
 """
 
 from __future__ import annotations

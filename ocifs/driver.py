@@ -386,7 +386,7 @@ def serve_erofs(
 
 # -- which of them -------------------------------------------------------------------------------------------------
 
-ERO_FS_SINCE = (6, 12)
+EROFS_SINCE = (6, 12)
 """The first Linux whose EROFS takes plain files as source and devices (fs/erofs/Kconfig: EROFS_FS_BACKED_BY_FILE)."""
 
 
@@ -405,7 +405,7 @@ def erofs_verdict(runtime: Path) -> Verdict:
         return Verdict(works=False, reason="only root can mount EROFS")
     release = os.uname().release
     numbers = tuple(int(word) for word in release.split("-")[0].split(".")[:2] if word.isdigit())
-    if numbers < ERO_FS_SINCE:
+    if numbers < EROFS_SINCE:
         return Verdict(
             works=False, reason=f"Linux {release} mounts EROFS from block devices only; 6.12 or newer takes files"
         )

@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from ocifs.mountinfo import MountEntry
 
 _PYTHON: Final = (3, 11)
-_EROFS_LINUX: Final = (6, 12)
-"""File-backed EROFS mounts: CONFIG_EROFS_FS_BACKED_BY_FILE."""
 _CAP_SYS_ADMIN: Final = 21
 """include/uapi/linux/capability.h"""
 
@@ -240,10 +238,12 @@ def _has_file_system(name: str) -> str:
 
 
 def _erofs() -> Finding:
+    from ocifs.driver import EROFS_SINCE  # noqa: PLC0415 (only doctor asks)
+
     name, purpose = "EROFS from a file", "mounting with the kernel's own driver"
     how, release = _has_file_system("erofs"), _release()
-    wanted = ".".join(map(str, _EROFS_LINUX))
-    if release < _EROFS_LINUX:
+    wanted = ".".join(map(str, EROFS_SINCE))
+    if release < EROFS_SINCE:
         return Finding(name, False, purpose, f"Linux {platform.release()}", f"needs Linux {wanted} or newer")  # noqa: FBT003
     if not how:
         advice = "needs a kernel with CONFIG_EROFS_FS; modprobe erofs if it is a module"
