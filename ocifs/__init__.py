@@ -16,6 +16,6 @@ spans      ``spans``                                             decoded data: c
 view       ``rootfs`` ``devices``                                an image as names and attributes; as device files
 uses       ``fuse`` ``kernel``                                   FUSE protocol adapter; EROFS mounted by the kernel
 driver     ``driver``                                            how an image reaches the kernel: fuse or erofs
-process    ``daemon`` ``cli``                                    mount life cycle; commands
+process    ``daemon`` ``mount`` ``cli``                          mount life cycle; mounting an image; commands
 =========  ====================================================  ==================================================
 """

@@ -156,8 +156,19 @@ class Claim:
         except OSError as error:
             raise _told_plainly(self.path, error) from error
 
+    def read(self) -> Record | None:
+        """Give what was said last, by whichever process."""
+        return _read_record(self._fd)
+
+    def hand_over(self) -> None:
+        """Leave the place to a process that was forked from this one."""
+        os.close(self._fd)
+        self._fd = -1
+
     def release(self, *, keep_log: bool = False) -> None:
-        """Give the place up and remove the record, and the log unless it is to be kept."""
+        """Give the place up and remove the record, and the log unless it is to be kept. Harmless if it is not ours."""
+        if self._fd < 0:
+            return
         with contextlib.suppress(OSError):
             self.private.rmdir()
         with _serialised():
@@ -167,7 +178,7 @@ class Claim:
                         path.unlink()
                         if not keep_log:
                             path.with_suffix(".log").unlink(missing_ok=True)
-        os.close(self._fd)
+        self.hand_over()  # to nobody
 
 
 @contextlib.contextmanager
@@ -397,42 +408,69 @@ def private_place(claim: Claim) -> Path:
     return claim.private
 
 
-def run_foreground(serve: Serve, record: Record, claim: Claim) -> None:
-    """Serve in this process until the mount ends."""
+def run_foreground(serve: Serve, record: Record, claim: Claim) -> Record:
+    """Serve in this process until the mount ends; give its record as it was then."""
     try:
         record = msgspec.structs.replace(record, pid=os.getpid())
         claim.write(record)
 
         def ready(device: int) -> None:
-            claim.write(msgspec.structs.replace(record, device=device))
+            nonlocal record
+            record = msgspec.structs.replace(record, device=device)
+            claim.write(record)
             _log.info("%s is mounted on %s", record.reference, record.mountpoint)
 
         serve(ready)
+        return record
     finally:
         claim.release()
 
 
-def run_background(serve: Serve, record: Record, claim: Claim) -> None:
-    """Fork a daemon that serves; return when the mount answers, or raise what the daemon says went wrong."""
+def run_background(serve: Serve, record: Record, claim: Claim) -> Record:
+    """Start a daemon that serves; give its record when the mount answers, or raise what the daemon says went wrong.
+
+    From then on the claim is the daemon's.
+    """
     try:
         told, tell = os.pipe()
+        # Forked twice: whoever called us may live on, and must not have to wait for a child that it knows nothing of.
         child = os.fork()
     except OSError as error:
         message = f"cannot start a daemon for {record.mountpoint}: {error.strerror}"
         raise MachineError(message) from error
     if child == 0:
-        os.close(told)
-        _daemon(serve, record, claim, tell)
+        os.close(told)  # or nobody would see that the reader is gone
+        _fork_daemon(serve, record, claim, tell)
     os.close(tell)
-    with os.fdopen(told, "rb") as pipe:
-        answer = pipe.readline()
-    if answer == b"ready\n":
-        return
-    os.waitpid(child, 0)
-    if answer:
-        raise MachineError(answer.decode(errors="surrogateescape").rstrip("\n"))
-    message = f"the daemon for {record.mountpoint} died before the mount answered"
-    raise MachineError(message)
+    try:
+        with os.fdopen(told, "rb") as pipe:
+            os.waitpid(child, 0)
+            # Without readiness the pipe ends with the daemon, so that nothing of it is left when we say so.
+            answer = pipe.readline()
+            if answer == b"ready\n":
+                return claim.read() or record
+            pipe.read()
+        if answer:
+            raise MachineError(answer.decode(errors="surrogateescape").rstrip("\n"))
+        message = f"the daemon for {record.mountpoint} died before the mount answered"
+        raise MachineError(message)
+    finally:
+        claim.hand_over()
+
+
+def _fork_daemon(serve: Serve, record: Record, claim: Claim, tell: int) -> NoReturn:
+    """Be the process between the command and the daemon, for a moment."""
+    status = 0
+    try:
+        if os.fork() == 0:
+            _daemon(serve, record, claim, tell)
+    except OSError as error:
+        status = MachineError.exit_code
+        os.write(
+            tell, f"cannot start a daemon for {record.mountpoint}: {error.strerror}\n".encode(errors="surrogateescape")
+        )
+    finally:
+        os._exit(status)
 
 
 def _daemon(serve: Serve, record: Record, claim: Claim, tell: int) -> NoReturn:

@@ -27,13 +27,15 @@ WITHIN_A_ROW = {
     ("spec", "errors"): "the same",
     ("reference", "spec"): "a reference can name a digest",
     ("image", "layer_data"): "an image opens the layers it is made of",
-    ("cli", "daemon"): "the commands that mount start it",
+    ("mount", "daemon"): "a mount is served by it",
+    ("cli", "daemon"): "the commands about mounts ask it",
+    ("cli", "mount"): "the command of that name",
 }
 """Pairs (importer, imported) of one row, each with its reason."""
 
 MOUNTING = frozenset({"pyfuse3", "trio"})
 """What only a mount needs: a command that lists, reads or copies works where these cannot even be imported."""
-MOUNTING_ROOMS = frozenset({"daemon", "driver", "fuse"})
+MOUNTING_ROOMS = frozenset({"daemon", "driver", "fuse", "mount"})
 
 DRAWERS = frozenset({"utils", "util", "common", "helpers", "helper", "constants", "misc"})
 """Names that say nothing about what is inside."""

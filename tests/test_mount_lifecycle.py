@@ -344,16 +344,15 @@ def test_a_daemon_whose_starter_died_before_it_was_ready_ends(image: str, cache:
     path = tmp_path / "mnt"
     path.mkdir()
     script = (
-        "import os, signal, sys\n"
+        "import os, select, signal, sys\n"
         "from ocifs import cli, daemon\n"
-        "write = os.write\n"
+        "write, starter = os.write, os.pidfd_open(os.getpid())\n"
         "def killing(fd, data):\n"
         "    if data == b'ready\\n':\n"
-        "        os.kill(int(os.environ['STARTER']), signal.SIGKILL)\n"
-        "        while os.getppid() == int(os.environ['STARTER']): pass\n"
+        "        signal.pidfd_send_signal(starter, signal.SIGKILL)\n"
+        "        select.select([starter], [], [])\n"
         "    return write(fd, data)\n"
         "os.write = killing\n"
-        "os.environ['STARTER'] = str(os.getpid())\n"
         "sys.exit(cli.main(sys.argv[1:]))\n"
     )
     words = command("mount", "--cache-dir", cache, image, path)

@@ -1,14 +1,10 @@
 """``mount``, ``umount``, ``ps``.
 
-The order of a mount: what can fail at once (options, machine, mount point) comes before what takes long (indexing), and
-what is claimed is released however it ends. `ocifs.daemon` does the rest.
+`ocifs.mount` and `ocifs.daemon` do the work.
 """
 
 from __future__ import annotations
 
-import contextlib
-import logging
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -25,8 +21,6 @@ if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
     from ocifs.daemon import Record
-
-_log = logging.getLogger(__name__)
 
 _DRIVERS: Final = ("auto", "erofs", "fuse")
 
@@ -65,52 +59,18 @@ def mount(
     A daemon goes on serving it in the background until it is unmounted. Layers that were never seen before are indexed
     first; after that a mount takes no longer than starting ocifs.
     """
-    from ocifs import daemon  # noqa: PLC0415 (only what mounts loads FUSE)
-    from ocifs import driver as drivers  # noqa: PLC0415
-
-    words = [word for group in fuse_words for word in group.split(",") if word]
-    options = drivers.check_options(words)
     wanted = choice.image_options()  # refused before anything else is done
     cache_bytes = choice.cache_bytes()
-    daemon.check_machine()
-    mountpoint = daemon.prepare_mountpoint(Path(directory), nonempty="nonempty" in words)
-    used, reason = drivers.choose(
-        driver,
-        options=options,
-        examining=wanted.examine or wanted.layer is not None,
-        runtime=daemon.runtime_dir(),
-    )
-    if driver == "auto" and used == "fuse":
-        _log.info("using the fuse driver: %s", reason)
-    claim = daemon.Claim(mountpoint)
-    with contextlib.ExitStack() as undo:
-        undo.callback(claim.release)
-        with opt.opened_store(choice) as store, opt.opened_image(choice, ref, store=store) as image:
-            from ocifs.devices import device_files  # noqa: PLC0415
-            from ocifs.rootfs import view  # noqa: PLC0415
-            from ocifs.spans import SpanCache, SpanReader  # noqa: PLC0415
+    from ocifs.mount import reserve  # noqa: PLC0415 (only what mounts loads FUSE)
 
-            record = daemon.Record(
-                mountpoint=str(mountpoint),
-                reference=ref,
-                driver=used,
-                pid=0,
-                started_ns=daemon.now_ns(),
-                layers=len(image.layers),
-                manifest=str(image.resolved.image.manifest_digest or image.resolved.image.config_digest),
-                cache=str(store.path),
-                log=str(claim.log),
-            )
-            cache = SpanCache(cache_bytes)
-            if used == "erofs":
-                spans = SpanReader([layer.data for layer in image.layers], cache)
-                files, private = device_files(image, spans), daemon.private_place(claim)
-                serve = partial(drivers.serve_erofs, files, spans.decoding, mountpoint, private, options)
-            else:
-                serve = partial(drivers.serve_fuse, [view(image, cache)], mountpoint, options, ref)
-            undo.pop_all()  # the daemon releases the claim from here on
-            run = daemon.run_foreground if foreground else daemon.run_background
-            run(serve, record, claim)
+    words = [word for group in fuse_words for word in group.split(",") if word]
+    examining = wanted.examine or wanted.layer is not None
+    with (
+        reserve(Path(directory), wanted=driver, words=words, examining=examining) as place,
+        opt.opened_store(choice) as store,
+        opt.opened_image(choice, ref, store=store) as image,
+    ):
+        place.mount(image, store.path, reference=ref, cache_bytes=cache_bytes, foreground=foreground)
 
 
 @click.command(epilog=opt.examples("ocifs umount /mnt", "ocifs umount --lazy /mnt/a /mnt/b"))

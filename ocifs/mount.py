@@ -1,0 +1,119 @@
+"""Mounting an image on a directory: what lies between an opened image and the daemon that serves it.
+
+There are two steps, because what can fail at once (options, machine, mount point) comes before what takes long (opening
+an image may index it)::
+
+    with reserve(directory, words=["noexec"]) as place:
+        with open_image(...) as image:
+            record = place.mount(image, store.path, reference="oci:app:1.2")
+
+Whatever happens inside the block, a place that no daemon serves is free again at its end. `mount_image` is both steps for
+an image that is open already.
+
+A daemon is forked, so whoever calls this has no second thread.
+
+Not here: the life of the daemon (`ocifs.daemon`), what a driver does (`ocifs.driver`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from ocifs import daemon, driver
+from ocifs.daemon import Claim, Record
+from ocifs.devices import device_files
+from ocifs.image import Image
+from ocifs.rootfs import view
+from ocifs.spans import DEFAULT_CACHE, SpanCache, SpanReader
+
+_log = logging.getLogger(__name__)
+
+
+class Place:
+    """A directory that is ours to mount on, and the driver that will. Made by `reserve`; a context manager."""
+
+    def __init__(self, mountpoint: Path, used: str, options: tuple[str, ...], claim: Claim) -> None:
+        """Take what `reserve` found out."""
+        self.mountpoint = mountpoint
+        """Its real path."""
+        self.driver = used
+        """``fuse`` or ``erofs``."""
+        self.options = options
+        """Mount options in force."""
+        self._claim = claim
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._claim.release()
+
+    def mount(
+        self, image: Image, cache: Path, *, reference: str, cache_bytes: int = DEFAULT_CACHE, foreground: bool = False
+    ) -> Record:
+        """Mount ``image`` here and give the record of the mount, as ``ocifs ps`` lists it.
+
+        Returns once the mount answers, while a daemon serves it; in the foreground when the mount has ended. The daemon
+        has its own copies of the image's files: the caller may close ``image``. ``cache`` is the directory of the store
+        that the image was opened from and ``reference`` what people are shown. ``cache_bytes`` bounds the decoded data
+        that the daemon keeps. Raises `MachineError` if the mount does not come about.
+        """
+        record = Record(
+            mountpoint=str(self.mountpoint),
+            reference=reference,
+            driver=self.driver,
+            pid=0,
+            started_ns=daemon.now_ns(),
+            layers=len(image.layers),
+            manifest=str(image.resolved.image.manifest_digest or image.resolved.image.config_digest),
+            cache=str(cache),
+            log=str(self._claim.log),
+        )
+        decoded = SpanCache(cache_bytes)
+        if self.driver == "erofs":
+            spans = SpanReader([layer.data for layer in image.layers], decoded)
+            files, private = device_files(image, spans), daemon.private_place(self._claim)
+            serve = partial(driver.serve_erofs, files, spans.decoding, self.mountpoint, private, self.options)
+        else:
+            serve = partial(driver.serve_fuse, [view(image, decoded)], self.mountpoint, self.options, reference)
+        run = daemon.run_foreground if foreground else daemon.run_background
+        return run(serve, record, self._claim)
+
+
+def reserve(directory: Path, *, wanted: str = "auto", words: Sequence[str] = (), examining: bool = False) -> Place:
+    """Check everything that can be checked without an image, choose a driver, and claim ``directory``.
+
+    ``wanted`` is a driver's name or ``auto``, ``words`` are mount options as mount(8)'s ``-o`` has them, ``examining``
+    says that the image will be shown as only the ``fuse`` driver can. Raises `UsageError`, `MachineError`,
+    `NotFoundError` or, if the place is taken or not empty, `BusyError`.
+    """
+    options = driver.check_options(words)
+    daemon.check_machine()
+    mountpoint = daemon.prepare_mountpoint(directory, nonempty="nonempty" in options)
+    used, reason = driver.choose(wanted, options=options, examining=examining, runtime=daemon.runtime_dir())
+    if wanted == "auto" and used == "fuse":
+        _log.info("using the fuse driver: %s", reason)
+    return Place(mountpoint, used, options, Claim(mountpoint))
+
+
+def mount_image(
+    image: Image,
+    cache: Path,
+    directory: Path,
+    *,
+    reference: str,
+    wanted: str = "auto",
+    words: Sequence[str] = (),
+    examining: bool = False,
+    cache_bytes: int = DEFAULT_CACHE,
+) -> Record:
+    """Mount an open image on ``directory`` in the background: `reserve` and `Place.mount` at once."""
+    with reserve(directory, wanted=wanted, words=words, examining=examining) as place:
+        return place.mount(image, cache, reference=reference, cache_bytes=cache_bytes)
