@@ -6,7 +6,7 @@ Rooms, from the ground up; a module imports only from rows above its own (``test
 row        rooms                                                 what it knows
 =========  ====================================================  ==================================================
 names      ``errors`` ``reference`` ``spec`` ``tree`` ``rules``  errors; ``oci:dir:tag``; documents; nodes; rules
-formats    ``tar`` ``compression`` ``erofs``                     header bytes, compressed streams, EROFS bytes; pure
+formats    ``tar`` ``archive`` ``compression`` ``erofs``         tar read and written, compression, EROFS; pure
 machine    ``forked`` ``mountinfo``                              work in a child process of its own; what is mounted
 index      ``layer_index`` ``image_tree``                        the two files we keep: one a layer, one an image
 merge      ``overlay``                                           every whiteout rule, and nothing else
@@ -16,6 +16,8 @@ spans      ``spans``                                             decoded data: c
 view       ``rootfs`` ``devices``                                an image as names and attributes; as device files
 uses       ``fuse`` ``kernel``                                   FUSE protocol adapter; EROFS mounted by the kernel
 driver     ``driver``                                            how an image reaches the kernel: fuse or erofs
-process    ``daemon`` ``mount`` ``cli``                          mount life cycle; mounting an image; commands
+process    ``daemon`` ``mount``                                  mount life cycle; mounting an image
+container  ``bundle``                                            a directory that runc starts a container from
+words      ``cli``                                               commands
 =========  ====================================================  ==================================================
 """

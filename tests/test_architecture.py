@@ -28,14 +28,12 @@ WITHIN_A_ROW = {
     ("reference", "spec"): "a reference can name a digest",
     ("image", "layer_data"): "an image opens the layers it is made of",
     ("mount", "daemon"): "a mount is served by it",
-    ("cli", "daemon"): "the commands about mounts ask it",
-    ("cli", "mount"): "the command of that name",
 }
 """Pairs (importer, imported) of one row, each with its reason."""
 
 MOUNTING = frozenset({"pyfuse3", "trio"})
 """What only a mount needs: a command that lists, reads or copies works where these cannot even be imported."""
-MOUNTING_ROOMS = frozenset({"daemon", "driver", "fuse", "mount"})
+MOUNTING_ROOMS = frozenset({"bundle", "daemon", "driver", "fuse", "mount"})
 
 DRAWERS = frozenset({"utils", "util", "common", "helpers", "helper", "constants", "misc"})
 """Names that say nothing about what is inside."""
@@ -120,7 +118,7 @@ def test_the_table_is_read() -> None:
     assert sorted(rooms, key=ROWS.__getitem__) == rooms
     assert len({ROWS[room] for room in rooms}) == len(rooms)
     assert ROWS["errors"] == 0
-    assert ROWS["cli"] == ROWS["daemon"] == max(ROWS.values())
+    assert ROWS["daemon"] < ROWS["cli"] == max(ROWS.values())
 
 
 def test_every_room_is_in_the_table_and_every_row_exists() -> None:
