@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ocifs.cli import archive
+from ocifs import archive
 from ocifs.cli.unpack import remove_tree
 from ocifs.tar import EntryType, TarScanner
 from ocifs.tree import Kind
@@ -390,6 +390,22 @@ def test_what_a_header_says_is_what_the_scanner_reads(member: archive.Member) ->
     assert found.link == (member.hard_link or member.target)
     # An empty value takes an attribute away (rule D5's cousin): writers leave such records out, readers drop them.
     assert [pair for pair in found.xattrs if pair[1]] == [pair for pair in member.xattrs if pair[1]]
+
+
+@pytest.mark.parametrize(
+    ("mtime_ns", "record"),
+    [
+        (-1, b"mtime=-0.000000001"),
+        (-1_500_000_000, b"mtime=-1.500000000"),
+        (-2_000_000_000, b"mtime=-2"),
+        (1_500_000_000, b"mtime=1.500000000"),
+    ],
+)
+def test_times_before_the_epoch_and_between_seconds_are_decimal_records(mtime_ns: int, record: bytes) -> None:
+    raw = archive.header(archive.Member(b"f", Kind.FILE, 0o644, 0, 0, mtime_ns))
+    assert record + b"\n" in raw
+    with tarfile.open(fileobj=io.BytesIO(raw + archive.END)) as read:
+        assert read.getmember("f").mtime == pytest.approx(mtime_ns / 10**9, abs=1e-9)
 
 
 @pytest.mark.parametrize("member", MEMBERS[:10], ids=lambda member: f"{len(member.path)}{member.path[:8]!r}")

@@ -9,7 +9,7 @@ this module        `main`: the one place where errors become sentences and exit 
 `listing`          ``ls``, ``stat``
 `reading`          ``cat``, ``blob``
 `copying`          ``cp``, on top of `unpack`, which writes files and directories safely
-`exporting`        ``export``, on top of `archive`, which writes tar headers
+`exporting`        ``export``, on top of `ocifs.archive`, which writes tar headers
 `documents`        ``inspect``, ``layers``, ``index``
 `mounting`         ``mount``, ``umount``, ``ps``
 `caching`          ``cache info|ls|gc|clear``

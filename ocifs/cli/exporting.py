@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ocifs.cli import archive, output
+from ocifs import archive
 from ocifs.cli import options as opt
+from ocifs.cli import output
 from ocifs.cli.options import Choice
 from ocifs.cli.reading import pieces
 from ocifs.errors import DamagedError, MachineError, UsageError

@@ -6,7 +6,7 @@ name longer than 100 bytes or not ASCII, numbers beyond the octal fields, nanose
 announced by ``hdrcharset=BINARY``, which is how the standard has it. Nothing depends on the day, the user or the machine:
 the same values give the same bytes.
 
-Not here: reading tars (`ocifs.tar`), deciding what is written (`exporting`).
+Not here: reading tars (`ocifs.tar`), deciding what is written.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _BILLION: Final = 10**9
 
 
 class Member(msgspec.Struct, frozen=True):
-    """One name in an archive. ``path`` has no leading slash; ``mtime_ns`` counts from the epoch and is not negative."""
+    """One name in an archive. ``path`` has no leading slash; ``mtime_ns`` counts from the epoch."""
 
     path: bytes
     kind: Kind
@@ -117,9 +117,9 @@ def header(member: Member, sparse: Sequence[tuple[int, int]] | None = None) -> b
     for key, value, limit in ((b"uid", member.uid, _MAX_7), (b"gid", member.gid, _MAX_7), (b"size", size, _MAX_11)):
         if value > limit:
             records.append((key, b"%d" % value))
-    seconds, nanoseconds = divmod(member.mtime_ns, _BILLION)
-    if nanoseconds or seconds > _MAX_11:
-        records.append((b"mtime", b"%d.%09d" % (seconds, nanoseconds) if nanoseconds else b"%d" % seconds))
+    seconds = max(0, member.mtime_ns // _BILLION)
+    if member.mtime_ns % _BILLION or not 0 <= member.mtime_ns // _BILLION <= _MAX_11:
+        records.append((b"mtime", _decimal_time(member.mtime_ns)))
     records += [(b"SCHILY.xattr." + name, value) for name, value in member.xattrs]
     owner, mode = (member.uid, member.gid), member.mode & 0o7777
     block = _block(path, typeflag, mode=mode, owner=owner, size=size, seconds=seconds, link=link, rdev=member.rdev)
@@ -131,6 +131,13 @@ def _sparse_map(segments: Sequence[tuple[int, int]]) -> bytes:
     numbers = [len(segments), *(number for segment in segments for number in segment)]
     text = b"".join(b"%d\n" % number for number in numbers)
     return text + padding(len(text))
+
+
+def _decimal_time(time_ns: int) -> bytes:
+    """Seconds since the epoch as a PAX record has them: ``-1.500000000`` is a second and a half before it."""
+    seconds, nanoseconds = divmod(abs(time_ns), _BILLION)
+    sign = b"-" if time_ns < 0 else b""
+    return sign + (b"%d.%09d" % (seconds, nanoseconds) if nanoseconds else b"%d" % seconds)
 
 
 def _fits(name: bytes) -> bool:
