@@ -113,6 +113,13 @@ RULES: Final[Mapping[str, str]] = MappingProxyType(
 """Row → what it says, one clause each."""
 
 
+class MountPoint(msgspec.Struct, frozen=True):
+    """A path that something will be mounted on: a directory, or else a file."""
+
+    path: bytes
+    directory: bool = True
+
+
 class MergeOptions(msgspec.Struct, frozen=True):
     """What changes a tree; every field is part of the key of a kept tree."""
 
@@ -126,3 +133,5 @@ class MergeOptions(msgspec.Struct, frozen=True):
     """Show the xattrs that are hidden by default (D10); overlayfs' own stay hidden (W21)."""
     single_layer: bool = False
     """One layer alone: merged as examined, its whiteouts shown as empty files named ``.wh.*``."""
+    mount_points: tuple[MountPoint, ...] = ()
+    """Made where the image lacks them, as from no layer: a container's read-only root needs them."""

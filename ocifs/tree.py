@@ -38,6 +38,7 @@ class Origin(msgspec.Struct, frozen=True, gc=False):
     """Which tar entry made a node: ``layer`` from 1, ``entry`` its number in the layer's stream from 0.
 
     ``entry`` is -1 for a directory that no entry names (implied by a path below it) and for the root without an entry.
+    ``layer`` is 0 for what no layer has: a mount point that was asked for.
     """
 
     layer: int

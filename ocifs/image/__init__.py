@@ -42,7 +42,7 @@ from ocifs.image.indexing import Indexing, OpenLayer, Progress, Silent, layer_ke
 from ocifs.image.outer import open_outer_archive
 from ocifs.image_tree import ImageTree
 from ocifs.reference import Reference
-from ocifs.rules import RULES_VERSION, MergeOptions
+from ocifs.rules import RULES_VERSION, MergeOptions, MountPoint
 from ocifs.sources import Blob, LayerBlob, ResolvedImage
 from ocifs.spec import Platform
 from ocifs.store import Kind, Store, StoredFile
@@ -85,6 +85,8 @@ class ImageOptions(msgspec.Struct, frozen=True):
     all_xattrs: bool = False
     namespace: str = "default"
     containerd_root: str | None = None
+    mount_points: tuple[MountPoint, ...] = ()
+    """See `MergeOptions`."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -272,6 +274,7 @@ def _merge_options(options: ImageOptions) -> MergeOptions:
         follow_dirlinks=options.follow_dirlinks,
         all_xattrs=options.all_xattrs,
         single_layer=options.layer is not None,
+        mount_points=options.mount_points,
     )
 
 

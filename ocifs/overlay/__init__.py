@@ -67,6 +67,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from ocifs.overlay.combination import combine
+from ocifs.overlay.mount_points import add_mount_points
 from ocifs.overlay.upper import Upper
 from ocifs.rules import RULES_VERSION, MergeOptions
 from ocifs.tree import Kind, Node, Origin, Tree
@@ -106,10 +107,14 @@ class Observer(Protocol):
 
 
 def merge(layers: Sequence[LayerInput], options: MergeOptions | None = None) -> Tree:
-    """Merge ``layers``, the base first. Raises `DamagedError` for what a rule refuses, unless examining."""
+    """Merge ``layers``, the base first, and make the mount points that the options name.
+
+    Raises `DamagedError` for what a rule refuses, unless examining.
+    """
     merging = Merge(options)
     for layer in layers:
         merging.apply(layer)
+    add_mount_points(merging.tree.root, merging.options.mount_points)
     return merging.tree
 
 
