@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import stat
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ocifs.overlay import LayerInput, MergeOptions, merge
 from ocifs.tar import TarScanner
@@ -39,7 +39,7 @@ def layer_input(tar: bytes, number: int = 1) -> LayerInput:
     return LayerInput(number, entries, summary.damage, summary.notices)
 
 
-def merged(layers: Sequence[bytes], **options: bool) -> Tree:
+def merged(layers: Sequence[bytes], **options: Any) -> Tree:
     """Merge tars, the base first."""
     inputs = [layer_input(tar, number) for number, tar in enumerate(layers, 1)]
     return merge(inputs, MergeOptions(**options))
