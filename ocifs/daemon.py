@@ -384,7 +384,7 @@ def _unmounted(path: Path, *, lazy: bool) -> None:
         raise MachineError(message) from error
     except OSError as error:
         if error.errno == errno.EBUSY:
-            message = f"{path} is in use by {_users(path)}; end them, or say --lazy"
+            message = f"{path} is in use by {users_of(path)}; end them, or say --lazy"
             raise BusyError(message) from None
         message = f"cannot unmount {path}: {error.strerror}"
         raise MachineError(message) from error
@@ -606,7 +606,7 @@ def _pidfd(pid: int) -> int | None:
         return None
 
 
-def _users(path: Path) -> str:
+def users_of(path: Path) -> str:
     """Name what keeps a mount busy, as far as this user may see: ``vim (pid 71), bash (pid 70)``. Touches nothing in it."""
     there = mounted_at(path)
     if there is None:
