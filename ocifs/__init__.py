@@ -14,7 +14,7 @@ bytes      ``sources`` ``store``                                 foreign blobs, 
 image      ``image`` ``layer_data``                              joins reference, source, indexes and tree
 spans      ``spans``                                             decoded data: cached, shared, decoded ahead
 view       ``rootfs`` ``devices``                                an image as names and attributes; as device files
-uses       ``fuse`` ``kernel``                                   FUSE protocol adapter; EROFS mounted by the kernel
+uses       ``fuse`` ``kernel`` ``members`` ``changes``           FUSE; EROFS mounted; tar members; a layer of changes
 driver     ``driver``                                            how an image reaches the kernel: fuse or erofs
 process    ``daemon`` ``mount``                                  mount life cycle; mounting an image
 container  ``bundle``                                            a directory that runc starts a container from

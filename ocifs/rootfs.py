@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
+from typing import Final
 
 from ocifs.erofs import ROOT_NID, DirectoryEntry, Inode
 from ocifs.errors import DamagedError, NotFoundError, OcifsError
@@ -20,6 +21,9 @@ from ocifs.image import Image
 from ocifs.image_tree import ImageTree
 from ocifs.spans import SpanCache, SpanReader
 from ocifs.tree import Kind
+
+PIECE_SIZE: Final = 1 << 20
+"""Bytes that `RootFS.pieces` reads at a time: a quarter of a span or so, so that a span in the cache serves several."""
 
 SYMLINK_LIMIT = 40
 """Symbolic links followed in one path before ELOOP: the kernel's MAXSYMLINKS (include/linux/namei.h)."""
@@ -130,6 +134,16 @@ class RootFS:
         for layer, layer_offset, length in self.tree.extents(ino, offset, size):
             parts += self.spans.read_blocking(layer, layer_offset, length) if layer else [bytes(length)]
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def pieces(self, ino: int, *, start: int = 0, size: int | None = None) -> Iterator[bytes | memoryview]:
+        """A file's bytes from ``start`` on, blocking, in pieces; `DamagedError` if there are fewer than its size says."""
+        end = self.inode(ino).size if size is None else start + size
+        while start < end:
+            data = self.read_blocking(ino, start, min(PIECE_SIZE, end - start))
+            if not data:
+                raise DamagedError(f"the file of inode {ino} ends {end - start} bytes too early")
+            yield data
+            start += len(data)
 
 
 def view(image: Image, cache: SpanCache | None = None) -> RootFS:

@@ -27,6 +27,7 @@ WITHIN_A_ROW = {
     ("spec", "errors"): "the same",
     ("reference", "spec"): "a reference can name a digest",
     ("image", "layer_data"): "an image opens the layers it is made of",
+    ("changes", "members"): "what a rename brought along is written as export writes it",
     ("mount", "daemon"): "a mount is served by it",
 }
 """Pairs (importer, imported) of one row, each with its reason."""

@@ -38,6 +38,10 @@ FAMILIES: Final[dict[str, dict[str, Place]]] = {
         "layers": Place("documents", "layers", "List an image's layers."),
         "blob": Place("reading", "blob", "Write a stored blob to standard output."),
     },
+    "Keep what a container changed": {
+        "diff-upper": Place("changing", "diff_upper", "List what a container changed."),
+        "commit": Place("changing", "commit", "Make an image of what a container changed."),
+    },
     "Housekeeping": {
         "index": Place("documents", "index", "Index images now, so that mounting them is instant."),
         "cache": Place("caching", "cache", "Show and clean the cache."),

@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ocifs import archive
+from ocifs import archive, members
 from ocifs.cli import options as opt
 from ocifs.cli import output
 from ocifs.cli.options import Choice
-from ocifs.cli.reading import pieces
 from ocifs.errors import DamagedError, MachineError, UsageError
 from ocifs.tree import Kind
 
@@ -61,7 +60,7 @@ def write_archive(view: RootFS, write: Write) -> int:
     """Write the whole tree; give how many files were left out because their data is missing (rule H6)."""
     first_names: dict[int, bytes] = {}
     left_out = 0
-    write(archive.header(_member(view, b".", view.inode(view.root), None)))
+    write(archive.header(members.member(view, b".", view.root)))
     for path, found in _preorder(view):
         ino, is_file = found.ino, found.kind is Kind.FILE
         if is_file and view.tree.unreadable(ino):
@@ -73,11 +72,7 @@ def write_archive(view: RootFS, write: Write) -> int:
             hard_link = first_names.get(ino)
             if hard_link is None:
                 first_names[ino] = path
-        member = _member(view, path, found, hard_link)
-        if is_file and hard_link is None:
-            _write_file(view, ino, member, write)
-        else:
-            write(archive.header(member))
+        members.write(view, ino, members.member(view, path, ino, hard_link), write)
     write(archive.END)
     return left_out
 
@@ -101,42 +96,6 @@ def _preorder(view: RootFS) -> Iterator[tuple[bytes, Inode]]:
                 break
         else:
             levels.pop()
-
-
-def _member(view: RootFS, path: bytes, found: Inode, hard_link: bytes | None) -> archive.Member:
-    return archive.Member(
-        path,
-        found.kind,
-        found.mode,
-        found.uid,
-        found.gid,
-        found.mtime_ns,
-        size=found.size if found.kind is Kind.FILE else 0,
-        target=view.readlink(found.ino) if found.kind is Kind.SYMLINK else b"",
-        rdev=found.rdev,
-        xattrs=tuple(view.xattrs(found.ino).items()),
-        hard_link=hard_link,
-    )
-
-
-def _write_file(view: RootFS, ino: int, member: archive.Member, write: Write) -> None:
-    """A file with its data: whole, or its segments if it has holes."""
-    runs: list[tuple[int, int]] = []
-    offset, holes = 0, False
-    for piece in view.tree.extents(ino, 0, member.size):
-        if piece.layer:
-            runs.append((offset, piece.size))
-        else:
-            holes = True
-        offset += piece.size
-    segments = archive.whole_blocks(runs, member.size) if holes else [(0, member.size)]
-    write(archive.header(member, segments if holes else None))
-    stored = 0
-    for start, size in segments:
-        for data in pieces(view, ino, start=start, size=size):
-            write(data)
-            stored += len(data)
-    write(archive.padding(stored))
 
 
 @contextlib.contextmanager

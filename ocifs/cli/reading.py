@@ -1,13 +1,13 @@
 """Data to standard output: ``cat`` of files in an image, ``blob`` of what an image is made of.
 
-Memory is flat whatever the size: data goes out in pieces of `CHUNK` bytes, in the order in which it lies in its layer.
+Memory is flat whatever the size: data goes out in pieces of a MiB, in the order in which it lies in its layer.
 
 Not here: copying with attributes (`copying`).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import click
 
@@ -18,30 +18,14 @@ from ocifs.errors import DamagedError, NotFoundError, OcifsError, UsageError
 from ocifs.tree import Kind
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from ocifs.rootfs import RootFS
-    from ocifs.sources import Blob, LayerBlob, ResolvedImage
-
-CHUNK: Final = 1 << 20
-"""Bytes read at a time: a quarter of a span or so, so that a span in the cache serves several."""
+    from ocifs.sources import LayerBlob, ResolvedImage
 
 
 class NotAFileError(OcifsError):
     """Data was asked of something that has none: a directory, a device, a fifo (exit 2)."""
 
     exit_code = 2
-
-
-def pieces(view: RootFS, ino: int, *, start: int = 0, size: int | None = None) -> Iterator[bytes | memoryview]:
-    """A file's bytes from ``start`` on, in pieces; `DamagedError` if there are fewer than its size says."""
-    end = view.inode(ino).size if size is None else start + size
-    while start < end:
-        data = view.read_blocking(ino, start, min(CHUNK, end - start))
-        if not data:
-            raise DamagedError(f"the file of inode {ino} ends {end - start} bytes too early")
-        yield data
-        start += len(data)
 
 
 @click.command(
@@ -81,7 +65,7 @@ def _write_file(view: RootFS, path: bytes) -> None:
         what = {Kind.DIR: "a directory", Kind.FIFO: "a fifo"}.get(kind, "a device")
         raise NotAFileError(f"{output.decode(path)} is {what}: only files have data to show")
     view.check_readable(ino)
-    for data in pieces(view, ino):
+    for data in view.pieces(ino):
         output.write(data)
 
 
@@ -108,6 +92,7 @@ def blob(choice: Choice, ref: str, which: str) -> None:
     written: a wrong digest shows in the exit status, 4, after the last byte.
     """
     from ocifs.image import open_source  # noqa: PLC0415
+    from ocifs.sources import stored_pieces  # noqa: PLC0415
 
     if output.to_terminal() and which not in ("manifest", "config"):
         raise UsageError("a blob is not written to a terminal: redirect the output")
@@ -128,7 +113,7 @@ def blob(choice: Choice, ref: str, which: str) -> None:
         stored = layer.open_stored()
         try:
             hasher = layer.digest.hasher() if layer.digest else None
-            for data in _stored_pieces(stored):
+            for data in stored_pieces(stored):
                 if hasher:
                     hasher.update(data)
                 output.write(data)
@@ -159,13 +144,3 @@ def _layer(image: ResolvedImage, which: str) -> LayerBlob:
         f"{which!r} is neither manifest, config, a layer from 1 to {count}, nor the digest of one: "
         "'ocifs inspect' lists them"
     )
-
-
-def _stored_pieces(stored: Blob) -> Iterator[bytes]:
-    offset = 0
-    while offset < stored.size:
-        data = stored.read_at(offset, min(CHUNK, stored.size - offset))
-        if not data:
-            raise DamagedError(f"{stored.name} ends at {offset}, {stored.size - offset} bytes too early")
-        yield data
-        offset += len(data)

@@ -30,7 +30,6 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Final, NamedTuple, NoReturn
 
 from ocifs.cli.output import decode
-from ocifs.cli.reading import pieces
 from ocifs.errors import BusyError, DamagedError, MachineError, UsageError
 from ocifs.tree import Kind
 
@@ -218,7 +217,7 @@ class Unpacker:
         offset = 0
         for piece in self._view.tree.extents(found.ino, 0, found.size):
             if piece.layer:
-                for data in pieces(self._view, found.ino, start=offset, size=piece.size):
+                for data in self._view.pieces(found.ino, start=offset, size=piece.size):
                     _pwrite_all(fd, data, offset)
                     offset += len(data)
             else:

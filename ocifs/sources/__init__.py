@@ -12,6 +12,7 @@ the others                one place or one format each
 from __future__ import annotations
 
 from ocifs.sources.base import Blob, FileRange, LayerBlob, Offered, ResolvedImage, Source
+from ocifs.sources.blob import stored_pieces
 from ocifs.sources.open import CONTAINERD_ROOT, OpenArchive, open_source
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "ResolvedImage",
     "Source",
     "open_source",
+    "stored_pieces",
 ]

@@ -14,13 +14,16 @@ import hashlib
 import os
 import stat
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from ocifs.errors import DamagedError, MachineError, NotFoundError, OcifsError
 from ocifs.sources.base import Blob, FileRange
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
+
+PIECE_SIZE: Final = 1 << 20
+"""Bytes that `stored_pieces` reads at a time."""
 
 _OPEN_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 _MISSING = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL})
@@ -223,3 +226,14 @@ class MemberBlob:
         release, self._release = self._release, None
         if release is not None:
             release()
+
+
+def stored_pieces(blob: Blob) -> Iterator[bytes]:
+    """All bytes of a blob, from front to back; `DamagedError` if there are fewer than its size says."""
+    offset = 0
+    while offset < blob.size:
+        data = blob.read_at(offset, min(PIECE_SIZE, blob.size - offset))
+        if not data:
+            raise DamagedError(f"{blob.name} ends at {offset}, {blob.size - offset} bytes too early")
+        yield data
+        offset += len(data)

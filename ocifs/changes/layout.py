@@ -1,0 +1,347 @@
+"""An OCI image layout that is written to so that nobody ever sees half of anything.
+
+Everything is written below a directory of its own in the layout, ``.ocifs-commit-…``. When all is there, each blob is
+renamed to where it belongs, then ``index.json`` is replaced by a new one. Whoever reads meanwhile sees the old index with
+all its blobs, or the new one with all of its own. A process that is killed leaves its directory behind; it is locked while
+it is in use, so the next one knows which to remove.
+
+Two that write at once: the layout's directory is locked (flock(2)) from reading ``index.json`` to replacing it, so that
+neither takes away what the other has added. Other tools take no such lock; what they do at the same moment may be lost, as
+it is among themselves.
+
+A blob that is there already, with the right size, is left alone. One of another layout on the same file system becomes a
+further name of the same file where the system allows it; its digest is computed first, as for every blob that is copied.
+
+Not here: what is written (`commit`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import secrets
+import shutil
+import stat
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, Self
+
+import msgspec
+
+from ocifs.compression import HEAD_SIZE, Compression, detect
+from ocifs.errors import DamagedError, MachineError, UnsupportedError, UsageError
+from ocifs.reference import Reference, Scheme
+from ocifs.sources import stored_pieces
+from ocifs.spec import Digest, MediaType, printable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ocifs.sources import Blob, LayerBlob
+
+Json = dict[str, Any]
+
+_MARKER: Final = b"oci-layout"
+_INDEX: Final = b"index.json"
+_BLOBS: Final = b"blobs"
+_STAGING: Final = b".ocifs-commit-"
+_TAG: Final = re.compile(
+    r"[A-Za-z0-9]+(?:(?:[-._:@+]|--)[A-Za-z0-9]+)*(?:/[A-Za-z0-9]+(?:(?:[-._:@+]|--)[A-Za-z0-9]+)*)*"
+)
+"""OCI image specification, annotations.md, ``org.opencontainers.image.ref.name``."""
+_REF_NAME: Final = "org.opencontainers.image.ref.name"
+_FULL_NAME: Final = "io.containerd.image.name"
+_MAX_INDEX: Final = 4 << 20
+
+_LAYER_TYPES: Final = {
+    Compression.GZIP: MediaType.OCI_LAYER_GZIP,
+    Compression.ZSTD: MediaType.OCI_LAYER_ZSTD,
+    Compression.PLAIN: MediaType.OCI_LAYER,
+    Compression.EMPTY: MediaType.OCI_LAYER,
+}
+
+
+class Destination(msgspec.Struct, frozen=True):
+    """Where an image is to go: a layout's directory and a tag in it."""
+
+    path: bytes
+    tag: str
+
+    @classmethod
+    def of(cls, reference: Reference) -> Destination:
+        """What ``oci:PATH:TAG`` names; UsageError for any other reference."""
+        selector = reference.selector
+        if reference.scheme is not Scheme.OCI or selector.name is None or selector.digest or reference.upto is not None:
+            raise UsageError(f"{reference.text!r} is no place for an image: say oci:PATH:TAG")
+        if not _TAG.fullmatch(selector.name):
+            raise UsageError(
+                f"{selector.name!r} is no tag: letters and digits, with one of -._:@+ or -- between them, parts by /"
+            )
+        return cls(os.path.abspath(reference.path), selector.name)
+
+
+class LayoutWriter:
+    """A layout that is being written to. `publish` is the end; without it nothing has happened but directories made."""
+
+    def __init__(self, path: bytes) -> None:
+        """Open the layout at ``path``, or begin one where nothing or an empty directory is.
+
+        UsageError for a directory of something else, MachineError for what the system refuses.
+        """
+        self._path = path
+        with self._sentence("make", path):
+            self._made = _make_directory(path)
+            if not self._made and not _is_layout(path) and os.listdir(path):
+                raise UsageError(f"{_shown(path)} is neither an OCI layout nor an empty directory")
+        self._sweep()
+        self._staging = os.path.join(path, _STAGING + secrets.token_hex(8).encode())
+        self._staged: dict[Digest, bytes] = {}
+        with self._sentence("write to", path):
+            os.mkdir(self._staging, 0o700)
+            self._lock = os.open(self._staging, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+
+    def close(self) -> None:
+        """Remove what was not published, and a new layout that nothing was published to."""
+        shutil.rmtree(self._staging, ignore_errors=True)
+        os.close(self._lock)
+        if self._made and not os.path.exists(os.path.join(self._path, _INDEX)):
+            with contextlib.suppress(OSError):
+                os.rmdir(self._path)
+
+    def __enter__(self) -> Self:
+        """Nothing to do: it is open already."""
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Close."""
+        self.close()
+
+    # -- blobs ---------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def new_blob(self) -> Iterator[NewBlob]:
+        """A blob to be written; it counts once `NewBlob.name` was called."""
+        path = os.path.join(self._staging, secrets.token_hex(8).encode())
+        with self._sentence("write", path):
+            file = open(path, "xb")  # noqa: SIM115 (the with statement is below)
+        with file:
+            yield NewBlob(self, file)
+
+    def add_bytes(self, data: bytes) -> Digest:
+        """Add a document."""
+        digest = Digest.of(data)
+        if not self._has(digest, len(data)):
+            with self.new_blob() as blob:
+                blob.write(data)
+                blob.name(digest)
+        return digest
+
+    def add_layer(self, layer: LayerBlob) -> tuple[str, Digest, int]:
+        """Add a layer of another image: its OCI media type, digest and size. Errors as opening and reading it raise.
+
+        The media type follows from the content, as for every reader (rule C1).
+        """
+        stored = layer.open()
+        try:
+            media_type = _LAYER_TYPES.get(detect(stored.read_at(0, HEAD_SIZE)))
+            if media_type is None:
+                raise UnsupportedError(f"layer {layer.number} is compressed in a way that OCI has no name for")
+            if layer.digest is None or not self._has(layer.digest, stored.size):
+                digest = self._link(stored, layer.digest) or self._copy(stored, layer.digest)
+            else:
+                digest = layer.digest
+            return media_type, digest, stored.size
+        finally:
+            stored.close()
+
+    def _link(self, stored: Blob, expected: Digest | None) -> Digest | None:
+        """Give a blob that is a file of its own a further name here; None if that cannot be."""
+        place = stored.file_range()
+        if place is None or place.offset or place.size != os.fstat(place.fd).st_size:
+            return None
+        path = os.path.join(self._staging, secrets.token_hex(8).encode())
+        try:
+            # With a directory descriptor this is linkat(2), which can follow the link in /proc to the very file.
+            os.link(b"/proc/self/fd/%d" % place.fd, path, src_dir_fd=self._lock, follow_symlinks=True)
+        except OSError:  # another file system, too many links, somebody else's file: it can still be copied
+            return None
+        digest = _checked(stored, expected)
+        self.stage(path, digest)
+        return digest
+
+    def _copy(self, stored: Blob, expected: Digest | None) -> Digest:
+        hasher = (expected or Digest("sha256", "")).hasher()
+        with self.new_blob() as blob:
+            for data in stored_pieces(stored):
+                hasher.update(data)
+                blob.write(data)
+            digest = Digest(expected.algorithm if expected else "sha256", hasher.hexdigest())
+            _compare(stored, digest, expected)
+            blob.name(digest)
+        return digest
+
+    def stage(self, path: bytes, digest: Digest) -> None:
+        """Note that the file at ``path`` is the blob ``digest``."""
+        self._staged[digest] = path
+
+    def _blob_path(self, digest: Digest) -> bytes:
+        return os.path.join(self._path, _BLOBS, digest.algorithm.encode(), digest.hex.encode())
+
+    def _has(self, digest: Digest, size: int) -> bool:
+        try:
+            status = os.stat(self._blob_path(digest))
+        except OSError:
+            return digest in self._staged
+        return stat.S_ISREG(status.st_mode) and status.st_size == size
+
+    # -- the end -------------------------------------------------------------------------------------------------
+
+    def publish(self, tag: str, descriptor: Json) -> None:
+        """Put every blob in its place, then the tag. Nothing but a full disk or a damaged index can fail here."""
+        with self._sentence("write to", self._path), self._locked():
+            index = self._index()
+            for digest, path in self._staged.items():
+                _make_directory(os.path.join(self._path, _BLOBS))
+                _make_directory(os.path.dirname(self._blob_path(digest)))
+                os.replace(path, self._blob_path(digest))
+            for algorithm in {digest.algorithm.encode() for digest in self._staged}:
+                _sync_directory(os.path.join(self._path, _BLOBS, algorithm))
+            if not os.path.exists(os.path.join(self._path, _MARKER)):
+                self._replace(_MARKER, {"imageLayoutVersion": "1.0.0"})
+            self._replace(_INDEX, {**index, "manifests": _tagged(index.get("manifests") or [], tag, descriptor)})
+
+    def _index(self) -> Json:
+        """``index.json`` as it is now; a new one if there is none."""
+        path = os.path.join(self._path, _INDEX)
+        try:
+            with open(path, "rb") as file:
+                raw = file.read(_MAX_INDEX + 1)
+        except FileNotFoundError:
+            return {"schemaVersion": 2, "mediaType": str(MediaType.OCI_INDEX)}
+        try:
+            index = json.loads(raw) if len(raw) <= _MAX_INDEX else None
+        except (ValueError, RecursionError):
+            index = None
+        if not isinstance(index, dict) or not isinstance(index.get("manifests") or [], list):
+            raise DamagedError(f"{_shown(path)} is not an image index, so no image can be added to it")
+        return index
+
+    def _replace(self, name: bytes, document: Json) -> None:
+        staged = os.path.join(self._staging, name)
+        with open(staged, "xb") as file:
+            file.write(json.dumps(document, separators=(",", ":")).encode())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(staged, os.path.join(self._path, name))
+        _sync_directory(self._path)
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        fd = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(fd)
+
+    def _sweep(self) -> None:
+        """Remove what killed processes have left behind."""
+        for name in os.listdir(self._path):
+            if not name.startswith(_STAGING):
+                continue
+            path = os.path.join(self._path, name)
+            with contextlib.suppress(OSError):  # somebody else is at it, or it is not ours to remove
+                fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(path)
+                finally:
+                    os.close(fd)
+
+    @contextmanager
+    def _sentence(self, doing: str, path: bytes) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise MachineError(f"cannot {doing} {_shown(path)}: {error.strerror}") from error
+
+
+class NewBlob:
+    """A blob that is being written."""
+
+    def __init__(self, layout: LayoutWriter, file: BinaryIO) -> None:
+        """Write to ``file`` of ``layout``."""
+        self._layout = layout
+        self._file = file
+
+    def write(self, data: bytes) -> None:
+        """Write more bytes; MachineError if they cannot be."""
+        with self._layout._sentence("write", self._layout._path):  # noqa: SLF001 (a part of the layout)
+            self._file.write(data)
+
+    def name(self, digest: Digest) -> None:
+        """Say what was written; it is on disk then."""
+        with self._layout._sentence("write", self._layout._path):  # noqa: SLF001
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        self._layout.stage(os.fsencode(self._file.name), digest)
+
+
+def _tagged(manifests: list[Json], tag: str, descriptor: Json) -> list[Json]:
+    """The manifests with ``tag`` on ``descriptor`` and on no other; where one had it, the new one takes its place."""
+    new = {**descriptor, "annotations": {_REF_NAME: tag}}
+    kept: list[Json] = []
+    for manifest in manifests:
+        annotations = manifest.get("annotations") or {}
+        if annotations.get(_REF_NAME) == tag:
+            if new not in kept:
+                kept.append(new)
+        elif annotations.get(_FULL_NAME) == tag:
+            kept.append({**manifest, "annotations": {k: v for k, v in annotations.items() if k != _FULL_NAME}})
+        else:
+            kept.append(manifest)
+    return kept if new in kept else [*kept, new]
+
+
+def _checked(stored: Blob, expected: Digest | None) -> Digest:
+    hasher = (expected or Digest("sha256", "")).hasher()
+    for data in stored_pieces(stored):
+        hasher.update(data)
+    digest = Digest(expected.algorithm if expected else "sha256", hasher.hexdigest())
+    _compare(stored, digest, expected)
+    return digest
+
+
+def _compare(stored: Blob, digest: Digest, expected: Digest | None) -> None:
+    if expected is not None and digest != expected:
+        raise DamagedError(f"{stored.name} should have the digest {expected} and has {digest}")
+
+
+def _make_directory(path: bytes) -> bool:
+    """Make a directory; False if it was there."""
+    try:
+        os.mkdir(path)
+    except FileExistsError:
+        if not os.path.isdir(path):
+            raise UsageError(f"{_shown(path)} is no directory, so no OCI layout can be there") from None
+        return False
+    return True
+
+
+def _is_layout(path: bytes) -> bool:
+    return any(os.path.exists(os.path.join(path, name)) for name in (_MARKER, _INDEX))
+
+
+def _sync_directory(path: bytes) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _shown(path: bytes) -> str:
+    return printable(os.fsdecode(path))
