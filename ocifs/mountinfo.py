@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,9 +34,13 @@ def _unescape(field: bytes) -> bytes:
 
 def mounts() -> list[MountEntry]:
     """Every mount this process sees, in mount order (a later one hides an earlier one at the same place)."""
+    return _read(Path("/proc/self/mountinfo"))
+
+
+def _read(mountinfo: Path) -> list[MountEntry]:
     found = []
     # Not splitlines(): the kernel escapes newlines in names, but not the other bytes that it takes for one.
-    for line in Path("/proc/self/mountinfo").read_bytes().split(b"\n"):
+    for line in mountinfo.read_bytes().split(b"\n"):
         left, _, right = line.partition(b" - ")
         fields, tail = left.split(b" "), right.split(b" ")
         with contextlib.suppress(ValueError, IndexError):  # somebody else's mount is no reason to fail
@@ -55,3 +60,26 @@ def mounted_at(path: str | os.PathLike[str]) -> MountEntry | None:
     """What is mounted exactly at ``path`` (the topmost)."""
     wanted = os.fsencode(path)
     return next((entry for entry in reversed(mounts()) if entry.mountpoint == wanted), None)
+
+
+def mount_holding(path: str | os.PathLike[str]) -> MountEntry | None:
+    """What the file at ``path`` lies in, symbolic links followed: the mount with the longest place above it."""
+    real = os.fsencode(os.path.realpath(path))
+
+    def holds(entry: MountEntry) -> bool:
+        return real == entry.mountpoint or real.startswith(entry.mountpoint.rstrip(b"/") + b"/")
+
+    # Reversed, because of two at one place the later one hides the other.
+    return max(filter(holds, reversed(mounts())), key=lambda entry: len(entry.mountpoint), default=None)
+
+
+def roots() -> Iterator[tuple[int, int]]:
+    """Every process that we may look at, with the st_dev of what its root directory is in: ``(pid, device)``.
+
+    Taken from mountinfo, because a stat(2) of a root may hang, and one in another mount namespace cannot be found by path.
+    """
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # ended meanwhile, or somebody else's
+            root = [entry for entry in _read(process / "mountinfo") if entry.mountpoint == b"/"]
+            if root:
+                yield int(process.name), root[-1].device
