@@ -632,7 +632,7 @@ def test_doctor_finds_what_reading_needs(run: Run) -> None:
     assert (status, err) == (0, "")
     found = {one["name"]: one for one in json_lines(out)}
     needed = {name for name, one in found.items() if one["needed"]}
-    assert needed == {"Python", "click", "isal", "msgspec", "rapidgzip", "rich", "zstandard", "cache"}
+    assert needed == {"Python", "click", "isal", "msgspec", "rich", "zstandard", "cache"}
     assert all(found[name]["ok"] for name in needed)
     assert {"pyfuse3", "/dev/fuse", "fusermount3", "EROFS from a file", "overlayfs", "privileges"} <= set(found)
     assert all(one["advice"] for one in found.values() if not one["ok"])

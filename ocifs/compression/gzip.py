@@ -1,6 +1,6 @@
 """gzip and deflate from the middle: inflate a span that starts at any bit, across any number of members.
 
-Not here: finding where spans may start (`ocifs.layer_index` does it with rapidgzip), whole streams (`streams`).
+Not here: finding where spans may start (`restarts`), whole streams (`streams`).
 
 How a span is entered
 =====================
@@ -20,13 +20,12 @@ One dynamic block for an odd start and then fixed ones reach every bit position 
 is shared: its low bits belong to the padding, its high bits are those of the span's first byte.
 
 Where a member ends within a span come 8 bytes of trailer and the next member's header (RFC 1952), both on whole bytes.
-The trailer's checksum covers the whole member, not our piece of it, so it is not checked here: the stored bytes of every
-span are covered by SHA-256, and the index pass checks what gzip has to check.
+The trailer is about the whole member, not our piece of it, so it is passed over here: the stored bytes of every span are
+covered by SHA-256, and the index pass checks what gzip has to check.
 """
 
 from __future__ import annotations
 
-import struct
 import zlib
 from typing import Final, NamedTuple, Protocol, cast
 
@@ -41,10 +40,10 @@ TRAILER_SIZE: Final = 8
 """Bytes: CRC-32 and size modulo 2**32 of the member's data (RFC 1952, section 2.3.1)."""
 
 _FIRST_STEP: Final = 4096
-_MAX_STEP: Final = 1 << 18
-# Input is handed over in steps that double from 4 KiB to 256 KiB within a member. At a member's end the decompressor
-# copies the step's unused rest: in eStargz, with members of a few hundred bytes, handing over everything at once
-# would copy a span of 1 MiB thousands of times.
+# Input is handed over in steps that double within a member. At a member's end the decompressor copies the step's unused
+# rest: in eStargz, with members of a few hundred bytes, handing over everything would copy a span thousands of times.
+_PARTIAL_STEP: Final = 1 << 17
+"""Bytes handed over first where not the whole span is wanted: 128 KiB."""
 
 _ERRORS: Final[tuple[type[Exception], ...]] = (zlib.error, cast("type[Exception]", isal_zlib.error))
 
@@ -102,8 +101,6 @@ class _Inflater(Protocol):
     def eof(self) -> bool: ...
     @property
     def unused_data(self) -> bytes: ...
-    @property
-    def unconsumed_tail(self) -> bytes: ...
     def decompress(self, data: bytes | memoryview, max_length: int = ..., /) -> bytes: ...
 
 
@@ -171,27 +168,9 @@ def inflate_span(
     decode, or ends before.
     """
     want = size if need is None else min(need, size)
-    return _Span(memoryview(stored), bit, window, inflate, at_header=at_header).read(want)
-
-
-def check_last_span(stored: bytes | memoryview, *, bit: int, window: bytes, size: int, at_header: bool) -> int | None:
-    """Check that the blob ends as gzip data must: after ``size`` bytes a trailer, empty members, and nothing else.
-
-    ``stored`` goes up to the blob's end. Raises `DamagedError`, for bytes behind the last member with their number
-    (rule C3). Gives None, or, for a member that begins before the span and ends in it, how many bytes it must have
-    before the span by its trailer, modulo 2**32: that is for the caller to check.
-    """
-    span = _Span(memoryview(stored), bit, window, zlib.decompressobj, at_header=at_header)
-    span.read(size)
-    span.finish()
-    return span.before
-
-
-def member_tail(stored: bytes | memoryview, *, bit: int, window: bytes, size: int, at_header: bool) -> int | None:
-    """Give how many bytes of a span belong to the member that goes on behind it; None if all do, and more before."""
-    span = _Span(memoryview(stored), bit, window, isal_zlib.decompressobj, at_header=at_header)
-    span.read(size)
-    return span.tail()
+    # All at once where all is wanted: a call costs little, but after each a thread has to get the GIL back.
+    step = len(stored) if want == size else _PARTIAL_STEP
+    return _Span(memoryview(stored), bit, window, inflate, at_header=at_header).read(want, step)
 
 
 class _Span:
@@ -209,113 +188,41 @@ class _Span:
         self._stored = stored
         self._inflate = inflate
         self._at = 0
-        self._step = _FIRST_STEP
         self._inflater: _Inflater | None = None
-        self._trailer_due = False
-        """Whether a member's data has ended and its trailer comes next."""
-        self._lead = b""
-        self._given = 0
-        self.member_size: int | None = None
-        """Bytes that the current member has given, None if its start was not seen."""
-        self.before: int | None = None
-        """Bytes of the first member before the span, by its trailer, modulo 2**32; None if it began here."""
         if not at_header:
             self._inflater = inflate(wbits=-15, zdict=window) if window else inflate(wbits=-15)
             if bit and stored:
+                # The span's bits of this byte are too few for any output.
                 padding = _PADDINGS[bit]
-                self._lead = padding.whole + bytes((padding.last | stored[0] & 0xFF << bit & 0xFF,))
+                shared = padding.last | stored[0] & 0xFF << bit & 0xFF
+                self._decompress(self._inflater, padding.whole + bytes((shared,)), 1)
                 self._at = 1
 
-    def read(self, want: int) -> bytes:
+    def read(self, want: int, step: int) -> bytes:
+        """Give the first ``want`` bytes, ``step`` stored bytes being handed over first. One piece is not copied."""
         pieces: list[bytes] = []
         while want:
-            piece = self._next(want)
-            if piece:
-                pieces.append(piece)
-                want -= len(piece)
+            inflater = self._inflater
+            if inflater is None:
+                self._at = member_header_end(self._stored, self._at)
+                inflater = self._inflater = self._inflate(wbits=-15)
+                step = _FIRST_STEP if pieces else step
+            chunk = self._stored[self._at : self._at + step]
+            if not chunk:
+                raise DamagedError("the gzip data ends before its recorded size is reached")
+            self._at += len(chunk)
+            piece = self._decompress(inflater, chunk, want)
+            pieces.append(piece)
+            want -= len(piece)
+            step *= 2
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
-    def finish(self) -> None:
-        """Go on to the end of the data, where nothing more may come out."""
-        while True:
-            if self._trailer_due:
-                self._end_member()
-            if self._inflater is None:
-                if self._at == len(self._stored):
-                    return
-                if bytes(self._stored[self._at : self._at + 2]) == b"\x1f\x8b":
-                    self._begin_member()
-                    continue
-                left = len(self._stored) - self._at
-                raise DamagedError(f"{left} bytes behind the last gzip member are not gzip data")
-            if self._next(1):
-                raise DamagedError("the gzip data goes on behind its recorded end")
-
-    def tail(self) -> int | None:
-        """Give how much the member has given that is under way where the data ends, nothing of it coming from behind."""
-        while True:
-            size = self.member_size
-            if self._trailer_due:
-                self._end_member()
-            elif self._at == len(self._stored):
-                return 0 if self._inflater is None else size
-            elif self._inflater is None:
-                self._begin_member()
-            else:
-                self._next(1)  # may say that the member ends here; what else it gives belongs to the next span
-                if not self._trailer_due:
-                    return size
-
-    def _next(self, limit: int) -> bytes:
-        """Decode one step, at most ``limit`` bytes; empty where a member begins or ends."""
-        if self._trailer_due:
-            self._end_member()
-        inflater = self._inflater or self._begin_member()
-        if self._lead:
-            given = 0
-            chunk: bytes | memoryview = self._lead
-            self._lead = b""
-        else:
-            chunk = self._stored[self._at : self._at + self._step]
-            given = len(chunk)
-            if not given:
-                raise DamagedError("the gzip data ends before its recorded size is reached")
+    def _decompress(self, inflater: _Inflater, chunk: bytes | memoryview, limit: int) -> bytes:
         try:
             piece = inflater.decompress(chunk, limit)
         except _ERRORS as error:
             raise DamagedError(f"the gzip data does not inflate: {error}") from None
-        self._at += given
-        self._step = min(2 * self._step, _MAX_STEP)
-        self._given += len(piece)
-        if self.member_size is not None:
-            self.member_size += len(piece)
         if inflater.eof:
-            self._at -= len(inflater.unused_data)
+            self._at += TRAILER_SIZE - len(inflater.unused_data)
             self._inflater = None
-            self._trailer_due = True
-        elif len(piece) == limit:
-            # The decompressor may hold input it has not used. Nobody reads on after the limit but `finish`.
-            self._at -= len(inflater.unconsumed_tail)
         return piece
-
-    def _begin_member(self) -> _Inflater:
-        self._at = member_header_end(self._stored, self._at)
-        self._inflater = self._inflate(wbits=-15)
-        self._step = _FIRST_STEP
-        self.member_size = 0
-        return self._inflater
-
-    def _end_member(self) -> None:
-        trailer = self._stored[self._at : self._at + TRAILER_SIZE]
-        if len(trailer) < TRAILER_SIZE:
-            raise DamagedError("the gzip data ends within a member's trailer")
-        crc32, size = struct.unpack("<II", trailer)
-        if self.member_size is None:
-            self.before = (size - self._given) & 0xFFFFFFFF
-        elif self.member_size == 0 and crc32:
-            # The one checksum that rapidgzip overlooks. The CRC-32 of nothing is 0.
-            raise DamagedError("an empty gzip member's trailer has a wrong checksum")
-        elif size != self.member_size & 0xFFFFFFFF:
-            raise DamagedError("a gzip member's trailer has another size than its data")
-        self._at += TRAILER_SIZE
-        self._trailer_due = False

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 MAX_PASSES: Final = 4
-"""Index passes that run at once, at most. Each may take up to `ocifs.layer_index.child.MEMORY_LIMIT`, 1 GiB."""
+"""Index passes that run at once, at most: each takes about one and a half cores, and 60 MB."""
 
 _MAX_BUILDS: Final = 3
 """How often one index is built before it is an error that it is not there afterwards. Once is usual."""
@@ -279,7 +279,7 @@ class Wanted:
 class _Job:
     """One index being built: the child process, and the files it writes into."""
 
-    def __init__(self, wanted: Wanted, lock: BuildLock, store: Store, *, threads: int) -> None:
+    def __init__(self, wanted: Wanted, lock: BuildLock, store: Store) -> None:
         self.wanted = wanted
         self._store = store
         self._identity = wanted.stored.identity()
@@ -296,7 +296,6 @@ class _Job:
                     expected=layer_index.Expected(blob.size if blob.digest else None, blob.digest, blob.diff_id),
                     tolerant=wanted.tolerant,
                     archive=wanted.archive,
-                    threads=threads,
                 )
             )
             self._undo = undo.pop_all()
@@ -373,33 +372,28 @@ class Indexing:
                     pass  # whoever had it is done; look again
 
     def _build(self, mine: list[tuple[Wanted, BuildLock]]) -> None:
-        """Build as many at once as there are CPUs, up to `MAX_PASSES`, the largest first: others can hide behind it.
-
-        Decompressing one layer with two threads takes more CPU than two layers with one each. So threads are shared out
-        by size: only a layer that takes longer than all the others together has something to gain from a second one.
-        """
+        """Build as many at once as there are CPUs, up to `MAX_PASSES`, the largest first: others can hide behind it."""
         cpus = len(os.sched_getaffinity(0))
-        total = max(1, sum(one.stored.size for one, _ in mine))
         queue = sorted(mine, key=lambda one: one[0].stored.size)
         running: list[_Job] = []
         try:
             while queue or running:
                 while queue and len(running) < min(cpus, MAX_PASSES):
                     one, lock = queue.pop()
-                    running.append(self._start(one, lock, threads=max(1, round(cpus * one.stored.size / total))))
+                    running.append(self._start(one, lock))
                 self._step(running)
         finally:
             for job in running:
                 self._end(job)
 
-    def _start(self, wanted: Wanted, lock: BuildLock, threads: int) -> _Job:
+    def _start(self, wanted: Wanted, lock: BuildLock) -> _Job:
         wanted.builds += 1
         if wanted.builds > _MAX_BUILDS:
             message = (
                 f"the index of {wanted.stored.name} was built {_MAX_BUILDS} times and is gone each time; try again"
             )
             raise MachineError(message)
-        job = _Job(wanted, lock, self._store, threads=threads)
+        job = _Job(wanted, lock, self._store)
         self._progress.begin(wanted.blob.number, wanted.stored.name, wanted.stored.size)
         return job
 

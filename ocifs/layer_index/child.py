@@ -1,10 +1,10 @@
 """Builds layer indexes, each in a child process of its own.
 
-A pass over hostile data may need much memory, and the C++ it stands on may abort; neither must happen to whoever wants
-the index, who may be serving mounts. So the pass (`ocifs.layer_index.passes`) runs in a forked child that inherits the
+A pass takes every core there is, and the C it stands on may crash over hostile data; neither must happen to whoever
+wants the index, who may be serving mounts. So the pass (`ocifs.layer_index.passes`) runs in a forked child that inherits the
 open blob and files and tells through a pipe how far it is, and in the end what came out. The child dies with its
-parent. A child that dies by itself, takes too much memory or gets nowhere is started again without rapidgzip, the only
-part that could be the cause; if that dies too, it is an error with a plain message.
+parent. A child that crashes is started again to go the slow way, which uses nothing but the standard library's zlib for
+gzip; if that crashes too, it is an error with a plain message.
 
 Not here: what a pass does, where its files go, how a child is started and what becomes of its errors (`ocifs.forked`).
 """
@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
 import signal
-import threading
-import time
+import sys
 from collections.abc import Callable
 from typing import BinaryIO, Final, Self
 
@@ -31,18 +29,8 @@ __all__ = ["Build", "Built", "Expected", "StoredBytes", "build"]
 _REPORT_EVERY: Final = 1 << 22
 """Bytes of progress between two reports through the pipe: 4 MiB, a hundred reports a second at most."""
 
-MEMORY_LIMIT: Final = 1 << 30
-"""Bytes of memory that a pass with rapidgzip may have resident before it is given up for one without.
-
-It takes 0.3 GiB on ordinary layers and below 1 GiB on one that inflates a thousandfold (its chunks are cut off at 20
-times their size, and a handful of them are under way). A limit on allocations (RLIMIT_DATA, RLIMIT_AS) does not work:
-its allocator reserves ten times what it uses, and dies when refused.
-"""
-MAX_THREADS: Final = 4
-"""rapidgzip's threads, at most. Its memory grows with them, and hashing in one thread keeps pace with three."""
-_TOO_LARGE: Final = 75
-"""Exit status of a child that exceeded `MEMORY_LIMIT`; any that nothing else uses."""
-_WATCH_INTERVAL: Final = 0.05
+_SWITCH_INTERVAL: Final = 50e-6
+"""Seconds (`sys.setswitchinterval`): a thread that decompresses 32 bytes a call must not wait 5 ms for each."""
 
 
 class _Progress(msgspec.Struct, tag=True):
@@ -65,7 +53,6 @@ def build(
     progress: Callable[[int], None] | None = None,
     tolerant: bool = False,
     archive: bool = False,
-    threads: int = 0,
 ) -> Built:
     """Index ``blob`` into the file ``out``; returns when it is done.
 
@@ -73,15 +60,11 @@ def build(
     copy of a blob that has no restart points; `Built.reframed` says whether it was needed. Both files need descriptors,
     and hold rubbish after an error. ``progress`` is told how many stored bytes are done. With ``tolerant`` (examination)
     what does not match is noted in the index instead of raised, and data that breaks off is indexed up to there. With
-    ``archive`` the blob is an outer archive, which may also be compressed with xz or bzip2. ``threads`` is how many
-    rapidgzip uses, up to `MAX_THREADS`; 0: one per CPU.
-
+    ``archive`` the blob is an outer archive, which may also be compressed with xz or bzip2.
     Raises `DamagedError` for a blob that is not what was expected or does not decode, `UnsupportedError` for one that is
     no layer, `MachineError` if the disk is full or the pass was killed.
     """
-    one = Build(
-        blob, out=out, expected=expected, reframed=reframed, tolerant=tolerant, archive=archive, threads=threads
-    )
+    one = Build(blob, out=out, expected=expected, reframed=reframed, tolerant=tolerant, archive=archive)
     with one:
         while not one.step():
             if progress is not None:
@@ -104,11 +87,9 @@ class Build:
         reframed: BinaryIO | None = None,
         tolerant: bool = False,
         archive: bool = False,
-        threads: int = 0,
     ) -> None:
         """Start the child process."""
-        threads = min(MAX_THREADS, threads or len(os.sched_getaffinity(0)))
-        self._job = Job(blob, expected or Expected(), out, reframed, tolerant, archive, threads)
+        self._job = Job(blob, expected or Expected(), out, reframed, tolerant, archive)
         self._doing = f"indexes {blob.name}"
         self._certain = False
         self._outcome: Failed | _Finished | None = None
@@ -153,7 +134,7 @@ class Build:
         status = self._reap()
         number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
         crashed = number not in {0, signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
-        if not self._certain and (crashed or os.waitstatus_to_exitcode(status) == _TOO_LARGE):
+        if crashed and not self._certain:
             self._certain = True
             self._child = self._start()
             return None
@@ -192,23 +173,8 @@ class Build:
 
 def _main(job: Job, pipe: int, *, certain: bool) -> None:
     """Do the work in the forked process."""
-    # rapidgzip explains itself on standard error, which is the user's.
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)
-    os.close(null)
-    if not certain:
-        threading.Thread(target=_watch_memory, daemon=True).start()
+    sys.setswitchinterval(_SWITCH_INTERVAL)
     _send(pipe, _work(job, pipe, certain=certain))
-
-
-def _watch_memory() -> None:
-    page = resource.getpagesize()
-    while True:
-        time.sleep(_WATCH_INTERVAL)
-        with open("/proc/self/statm", "rb") as file:
-            resident = int(file.read().split()[1]) * page
-        if resident > MEMORY_LIMIT:
-            os._exit(_TOO_LARGE)
 
 
 def _work(job: Job, pipe: int, *, certain: bool) -> Failed | _Finished:

@@ -57,7 +57,7 @@ copy instead of the blob: the layer as zstd frames of which each is a span. Othe
 span is: ``plain`` bytes as they are, ``gzip`` (see `ocifs.compression.gzip` for how it is entered), or ``zstd``, whole
 frames.
 
-Windows are sparse: bytes that no match of the span refers to are zero, which makes them compress to a tenth.
+A window is the 32 KiB that the layer has before the span, zeros in front if it has less.
 
 Trust and damage
 ================
@@ -567,6 +567,14 @@ def _unpack_entries(raw: bytes, expected: int, damaged: Callable[[str], DamagedE
 # --- writing ------------------------------------------------------------------------------------------------------------
 
 
+def pack_window(window: bytes) -> bytes:
+    """Give a window as it is stored; of one shorter than 32 KiB what is missing in front is zeros."""
+    import zstandard  # noqa: PLC0415 (see `LayerIndex._decompress`)
+
+    # 0.13 ms; level 9 saves another 6 % and takes five times as long.
+    return zstandard.ZstdCompressor(level=3).compress(window.rjust(MAX_WINDOW, b"\0"))
+
+
 class Writer:
     """Writes an index file: entries as they come, then windows and spans, then `finish`.
 
@@ -587,8 +595,6 @@ class Writer:
         import zstandard  # noqa: PLC0415 (see `LayerIndex._decompress`)
 
         self._compressor = zstandard.ZstdCompressor(level=3)
-        # Windows are small and few; level 6 takes a tenth of a millisecond each and saves 4 % over level 3.
-        self._window_compressor = zstandard.ZstdCompressor(level=6)
 
     def add_entries(self, entries: list[Entry]) -> None:
         """Add the next entries of the stream."""
@@ -624,16 +630,15 @@ class Writer:
         at_header: bool = False,
         window: bytes = b"",
     ) -> None:
-        """Add the next span; fields as in the module's docstring, ``window`` uncompressed."""
-        stored, offset, window_sha256 = b"", 0, bytes(32)
+        """Add the next span; fields as in the module's docstring, ``window`` as `pack_window` gives it."""
+        offset, window_sha256 = 0, bytes(32)
         if window:
-            stored = self._window_compressor.compress(window)
-            offset, window_sha256 = self._position, hashlib.sha256(stored).digest()
-            self._write(stored)
+            offset, window_sha256 = self._position, hashlib.sha256(window).digest()
+            self._write(window)
         flags = _AT_HEADER if at_header else 0
         self._spans.append(
             _SPAN.pack(
-                blob_offset, blob_size, layer_offset, offset, len(stored), crc32, bit, flags, sha256, window_sha256
+                blob_offset, blob_size, layer_offset, offset, len(window), crc32, bit, flags, sha256, window_sha256
             )
         )
 

@@ -1,7 +1,6 @@
 """What an index is built from, and what comes out: the values that travel between a build and its child process.
 
-A module of its own so that who only loads indexes does not load what builds them (rapidgzip among others), which takes
-longer than mounting.
+A module of its own so that who only loads indexes does not load what builds them.
 """
 
 from __future__ import annotations
@@ -73,4 +72,3 @@ class Job(NamedTuple):
     reframed: BinaryIO | None
     tolerant: bool
     archive: bool
-    threads: int

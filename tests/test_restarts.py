@@ -1,0 +1,246 @@
+"""Restart points of gzip data: they are where they are said to be, and decoding from them needs nothing else."""
+
+from __future__ import annotations
+
+import gzip
+import random
+import zlib
+from functools import cache
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from isal import isal_zlib
+
+from ocifs.compression import restarts
+from ocifs.compression.gzip import MAX_WINDOW, inflate_span
+from ocifs.errors import DamagedError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from ocifs.compression.restarts import Restart
+
+
+@cache
+def text() -> bytes:
+    """4 MB that compress to a third."""
+    rng = random.Random(7)
+    words = [rng.randbytes(rng.randrange(2, 9)).hex().encode() for _ in range(5000)]
+    return b" ".join(rng.choices(words, k=400_000))[:4_000_000]
+
+
+@cache
+def noise() -> bytes:
+    """3 MB that do not compress."""
+    return random.Random(8).randbytes(3_000_000)
+
+
+@cache
+def mixed() -> bytes:
+    """Text, noise and zeros in turn."""
+    pieces = []
+    for at in range(0, 2_000_000, 100_000):
+        pieces += [text()[at : at + 100_000], noise()[at : at + 70_000], bytes(50_000)]
+    return b"".join(pieces)
+
+
+def member(data: bytes, level: int = 6, strategy: int = zlib.Z_DEFAULT_STRATEGY, memory: int = 8) -> bytes:
+    compressor = zlib.compressobj(level, zlib.DEFLATED, 31, memory, strategy)
+    return compressor.compress(data) + compressor.flush()
+
+
+def flushed(data: bytes) -> bytes:
+    """With an empty stored block behind every 128 KiB, as pigz has it."""
+    compressor = zlib.compressobj(6, zlib.DEFLATED, 31)
+    pieces = [
+        compressor.compress(data[at : at + 131_072]) + compressor.flush(zlib.Z_SYNC_FLUSH)
+        for at in range(0, len(data), 131_072)
+    ]
+    return b"".join(pieces) + compressor.flush()
+
+
+def walked(stored: bytes, span: int = 1 << 19) -> tuple[bytes, list[tuple[int, Restart]]]:
+    """Give what the walk decoded, and the restart points with their offsets in it."""
+    out = bytearray()
+    points: list[tuple[int, Restart]] = []
+    for data, restart in restarts.walk(lambda offset, size: stored[offset : offset + size], len(stored), span):
+        assert data
+        if restart is not None:
+            points.append((len(out), restart))
+        out += data
+    return bytes(out), points
+
+
+WRITERS: dict[str, tuple[Callable[[bytes], bytes], Callable[[], bytes]]] = {
+    "zlib": (member, text),
+    "zlib -1": (lambda data: member(data, 1), text),
+    "zlib -9, small blocks": (lambda data: member(data, 9, memory=1), text),
+    "huffman only": (lambda data: member(data, 6, zlib.Z_HUFFMAN_ONLY), text),
+    "isal": (lambda data: isal_zlib.compress(data, 2, wbits=31), text),
+    "sync flushes": (flushed, text),
+    "stored": (lambda data: member(data, 0), text),
+    "noise": (member, noise),
+    "mixed": (member, mixed),
+    "mixed, small blocks": (lambda data: member(data, memory=1), mixed),
+    "members": (lambda data: b"".join(member(data[at : at + 70_000]) for at in range(0, len(data), 70_000)), mixed),
+    "tiny members": (lambda data: b"".join(member(data[at : at + 700]) for at in range(0, len(data), 700)), text),
+    "members and stored": (lambda data: member(data[:999_999]) + member(data[999_999:], 0), text),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_points_are_found_and_lead_on_to_the_next(writer: str) -> None:
+    write, source = WRITERS[writer]
+    data = source()
+    stored = write(data)
+    out, points = walked(stored)
+    assert out == data
+    assert len(points) >= len(data) // (1 << 20)
+    assert points[0] == (0, restarts.Restart(0, 0, at_header=True, window=b""))
+    assert all(second - first >= 1 << 19 for (first, _), (second, _) in pairwise(points))
+    behind = restarts.Restart(len(stored), 0, at_header=True, window=b"")
+    for (at, point), (end, following) in pairwise([*points, (len(data), behind)]):
+        assert point.window == (b"" if point.at_header else data[:at][-MAX_WINDOW:])
+        stop = following.blob_offset + (following.bit > 0)
+        for inflate in (zlib.decompressobj, isal_zlib.decompressobj):
+            got = inflate_span(
+                stored[point.blob_offset : stop],
+                bit=point.bit,
+                window=point.window,
+                size=end - at,
+                at_header=point.at_header,
+                inflate=inflate,
+            )
+            assert got == data[at:end]
+
+
+def test_blocks_start_at_every_bit() -> None:
+    bits = {point.bit for level in range(1, 10) for _, point in walked(member(text(), level), 1 << 14)[1]}
+    assert bits == set(range(8))
+
+
+def test_stored_blocks_are_entered_on_their_byte() -> None:
+    stored = member(noise(), 0)
+    _, points = walked(stored)
+    assert len(points) >= 4
+    for at, point in points[1:]:
+        # A block of stored data: not the last, type 0, its length and the complement of that (RFC 1951, section 3.2.4).
+        head = stored[point.blob_offset : point.blob_offset + 5]
+        length = int.from_bytes(head[1:3], "little")
+        assert (point.bit, head[0], int.from_bytes(head[3:5], "little")) == (0, 0, length ^ 0xFFFF)
+        assert stored[point.blob_offset + 5 :].startswith(noise()[at : at + length])
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [member(text(), 6, zlib.Z_FIXED), isal_zlib.compress(text(), 0, wbits=31)],
+    ids=["fixed codes", "one block"],
+)
+def test_a_stream_without_visible_blocks_has_one_point(stored: bytes) -> None:
+    out, points = walked(stored)
+    assert out == text()
+    assert [at for at, _ in points] == [0]
+
+
+def test_a_zero_run_does_not_mislead() -> None:
+    # Every window gives the same here, so that many bits seem to fit.
+    data = bytes(30_000_000)
+    out, points = walked(member(data))
+    assert out == data
+    assert len(points) >= 1
+
+
+def test_empty_members_are_no_points() -> None:
+    stored = member(b"") * 3 + member(text()) + member(b"") * 3
+    out, points = walked(stored, 1)
+    assert out == text()
+    assert points[0] == (0, restarts.Restart(0, 0, at_header=True, window=b""))
+    assert all(at < len(text()) for at, _ in points)
+    assert walked(member(b"")) == (b"", [])
+
+
+def test_long_member_headers_are_read() -> None:
+    header = b"\x1f\x8b\x08\x0c\0\0\0\0\0\xff" + (60_000).to_bytes(2, "little") + bytes(60_000) + b"n" * 500_000 + b"\0"
+    assert walked(header + member(text())[10:])[0] == text()
+
+
+def test_bytes_are_read_once_in_order() -> None:
+    stored = member(mixed()) + member(b"x")
+    ranges: list[tuple[int, int]] = []
+
+    def read_at(offset: int, size: int) -> bytes:
+        ranges.append((offset, offset + size))
+        return stored[offset : offset + size]
+
+    assert b"".join(data for data, _ in restarts.walk(read_at, len(stored), 1 << 20)) == mixed() + b"x"
+    end = 0
+    for start, stop in ranges:
+        assert start <= end <= stop
+        end = stop
+    assert end == len(stored)
+    assert sum(stop - start for start, stop in ranges) < len(stored) * 1.01
+
+
+BROKEN: dict[str, Callable[[bytes], bytes]] = {
+    "cut in the data": lambda stored: stored[: len(stored) // 2],
+    "cut in the trailer": lambda stored: stored[:-3],
+    "no trailer": lambda stored: stored[:-8],
+    "wrong checksum": lambda stored: stored[:-8] + b"\1\2\3\4" + stored[-4:],
+    "wrong size": lambda stored: stored[:-4] + b"\1\2\3\4",
+    "junk behind": lambda stored: stored + b"x",
+    "zeros behind": lambda stored: stored + bytes(512),
+    "half a header behind": lambda stored: stored + b"\x1f\x8b\x08\0",
+    "an empty member with a checksum": lambda stored: stored + member(b"")[:-8] + b"\1\0\0\0\0\0\0\0",
+    "a flipped bit": lambda stored: stored[:50_000] + bytes((stored[50_000] ^ 16,)) + stored[50_001:],
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_c3_what_is_not_gzip_to_its_end_is_damage(how: str) -> None:
+    stored = BROKEN[how](member(text()))
+    with pytest.raises(DamagedError):
+        walked(stored)
+    with pytest.raises((OSError, EOFError, zlib.error)):
+        if how == "zeros behind":  # gzip(1) and gzip.py take padding for nothing; rule C3 does not
+            raise OSError
+        gzip.decompress(stored)
+
+
+def test_a_bomb_comes_in_bounded_pieces() -> None:
+    stored = member(bytes(200_000_000), 9)
+    sizes = [len(data) for data, _ in restarts.walk(lambda at, size: stored[at : at + size], len(stored), 1 << 22)]
+    assert sum(sizes) == 200_000_000
+    assert max(sizes) <= 16 << 20
+
+
+def _parts(rng: random.Random) -> Iterator[bytes]:
+    for _ in range(rng.randrange(1, 8)):
+        size = rng.choice((0, 1, 500, 40_000, 200_000))
+        at = rng.randrange(1_000_000)
+        yield rng.choice((text()[at : at + size], noise()[at : at + size], bytes(size), b"ab" * (size // 2)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 1 << 32))
+def test_any_stream_is_walked_right(seed: int) -> None:
+    rng = random.Random(seed)
+    stored, data = b"", b""
+    for _ in range(rng.randrange(1, 4)):
+        compressor = zlib.compressobj(rng.choice((0, 1, 6)), zlib.DEFLATED, 31, rng.choice((1, 8, 9)), rng.randrange(4))
+        for part in _parts(rng):
+            stored += compressor.compress(part)
+            stored += compressor.flush(
+                rng.choice((zlib.Z_NO_FLUSH, zlib.Z_SYNC_FLUSH, zlib.Z_FULL_FLUSH, zlib.Z_BLOCK))
+            )
+            data += part
+        stored += compressor.flush()
+    out, points = walked(stored, rng.choice((1, 20_000, 100_000)))
+    assert out == data
+    for at, point in points:
+        size = len(data) - at
+        rest = stored[point.blob_offset :]
+        got = inflate_span(rest, bit=point.bit, window=point.window, size=size, at_header=point.at_header)
+        assert got == data[at:]
