@@ -20,6 +20,8 @@ class MountEntry(NamedTuple):
     fs_type: str
     source: bytes
     device: int
+    options: bytes
+    """Of the file system, as it was told them; not those of the mount."""
 
 
 def _unescape(field: bytes) -> bytes:
@@ -47,7 +49,9 @@ def _read(mountinfo: Path) -> list[MountEntry]:
             major, minor = fields[2].split(b":")
             device = os.makedev(int(major), int(minor))
             kind = tail[0].decode(errors="backslashreplace")
-            found.append(MountEntry(int(fields[0]), _unescape(fields[4]), kind, _unescape(tail[1]), device))
+            found.append(
+                MountEntry(int(fields[0]), _unescape(fields[4]), kind, _unescape(tail[1]), device, _unescape(tail[2]))
+            )
     return found
 
 

@@ -76,6 +76,16 @@ class Reference(msgspec.Struct, frozen=True):
     upto: int | None = None
     """``#N``: only the first N layers, from 1; None: all."""
 
+    def absolute(self) -> str:
+        """Give the text with an absolute path in it, so that it means the same wherever it is read again."""
+        path = os.fsdecode(self.path)
+        if not path or path.startswith("/"):
+            return self.text
+        start = 0  # of the path in the text: behind the scheme, whose name may hold the same letters
+        if self.scheme is not Scheme.PATH:
+            start = len(_OCIDIR) if self.text.startswith(_OCIDIR) else self.text.index(":") + 1
+        return f"{self.text[:start]}{os.path.abspath(path)}{self.text[start + len(path) :]}"
+
 
 _UPTO: Final = re.compile(r"(.*)#([0-9]+)", re.DOTALL)
 _DIGEST: Final = re.compile(

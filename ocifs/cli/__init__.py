@@ -10,6 +10,7 @@ this module        `main`: the one place where errors become sentences and exit 
 `reading`          ``cat``, ``blob``
 `copying`          ``cp``, on top of `unpack`, which writes files and directories safely
 `exporting`        ``export``, on top of `ocifs.archive`, which writes tar headers
+`bundling`         ``bundle``, ``unbundle``, ``run``
 `changing`         ``diff-upper``, ``commit``
 `documents`        ``inspect``, ``layers``, ``index``
 `mounting`         ``mount``, ``umount``, ``ps``

@@ -26,6 +26,10 @@ FAMILIES: Final[dict[str, dict[str, Place]]] = {
         "umount": Place("mounting", "umount", "Unmount, and wait until the daemon is gone."),
         "ps": Place("mounting", "ps", "List what is mounted."),
     },
+    "Containers": {
+        "bundle": Place("bundling", "bundle", "Make a directory that runc starts a container from."),
+        "unbundle": Place("bundling", "unbundle", "End bundles."),
+    },
     "Look inside, without mounting": {
         "ls": Place("listing", "ls", "List directories of an image."),
         "cat": Place("reading", "cat", "Write files of an image to standard output."),

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import click
 
 from ocifs.cli.output import complain, decode
-from ocifs.errors import NotFoundError, UsageError
+from ocifs.errors import NotFoundError, OcifsError, UsageError
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -105,7 +105,10 @@ def _be_verbose(_: click.Context, __: click.Parameter, value: int) -> int:
 _VERBOSE: Final = (
     click.option("-v", "--verbose", count=True, callback=_be_verbose, help="Say more; twice: even more."),
 )
-_CACHE: Final = (
+_VERBOSE_LONG: Final = (
+    click.option("--verbose", count=True, callback=_be_verbose, help="Say more; twice: even more."),
+)
+_CACHE_DIR: Final = (
     click.option(
         "--cache-dir",
         metavar="DIR",
@@ -113,8 +116,8 @@ _CACHE: Final = (
         type=click.Path(),
         help="Where indexes are kept.  [env: OCIFS_CACHE_DIR; default: /var/cache/ocifs for root, else below ~/.cache]",
     ),
-    *_VERBOSE,
 )
+_CACHE: Final = (*_CACHE_DIR, *_VERBOSE)
 _SOURCE: Final = (
     click.option(
         "--platform", metavar="OS/ARCH[/VARIANT]", help="Which image of several to take.  [default: this machine's]"
@@ -130,8 +133,9 @@ _SOURCE: Final = (
 _EXAMINE: Final = (
     click.option("--examine", is_flag=True, help="Warn about what breaks a rule or a digest instead of refusing it."),
 )
+_UPTO: Final = (click.option("--upto", metavar="N", type=int, help="Only the first N layers."),)
 _TREE: Final = (
-    click.option("--upto", metavar="N", type=int, help="Only the first N layers."),
+    *_UPTO,
     click.option("--layer", metavar="N", type=int, help="Layer N alone, its whiteouts as empty files .wh.*."),
     click.option("--show-whiteout-devices", is_flag=True, help="Show character devices 0:0 instead of obeying them."),
     click.option("--follow-dirlinks", is_flag=True, help="Follow a lower layer's link to a directory, as umoci does."),
@@ -192,6 +196,11 @@ def data_options(function: _F) -> _F:
     return _declared((_SOURCE, _TREE, _EXAMINE, _MEMORY, _CACHE))(function)
 
 
+def container_options(function: _F) -> _F:
+    """Options of commands that make containers; there -v is a volume."""
+    return _declared((_SOURCE, _UPTO, _MEMORY, _CACHE_DIR, _VERBOSE_LONG))(function)
+
+
 def examples(*lines: str) -> str:
     """The epilogue of a command's help."""
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
@@ -236,12 +245,17 @@ def opened_store(choice: Choice) -> Iterator[Store]:
 
 
 @contextlib.contextmanager
-def opened_image(choice: Choice, ref: str, *, store: Store | None = None) -> Iterator[Image]:
-    """The image and its tree, built if need be (with a bar on a terminal), open for the length of the block."""
+def opened_image(
+    choice: Choice, ref: str, *, store: Store | None = None, options: ImageOptions | None = None
+) -> Iterator[Image]:
+    """The image and its tree, built if need be (with a bar on a terminal), open for the length of the block.
+
+    ``options`` are used instead of those that ``choice`` says.
+    """
     from ocifs.cli.progress import showing  # noqa: PLC0415
     from ocifs.image import open_image  # noqa: PLC0415
 
-    options = choice.image_options()
+    options = options or choice.image_options()
     with contextlib.ExitStack() as stack:
         if store is None:
             store = stack.enter_context(opened_store(choice))
@@ -286,6 +300,25 @@ def show_warnings(warnings: Sequence[Warned], choice: Choice) -> None:
         complain(f"warning: and {len(warnings) - limit} more; -vv shows them all")
 
 
+def for_each(names: Sequence[str], act: Callable[[str], None]) -> None:
+    """Do the same for every name: with several, one that fails is reported and the others are done all the same.
+
+    The exit status is then the highest of all.
+    """
+    if len(names) == 1:
+        act(names[0])
+        return
+    worst = 0
+    for name in names:
+        try:
+            act(name)
+        except OcifsError as error:
+            complain(str(error))
+            worst = max(worst, error.exit_code)
+    if worst:
+        raise click.exceptions.Exit(worst)
+
+
 # -- paths inside an image -----------------------------------------------------------------------------------------
 
 
@@ -311,7 +344,6 @@ def find(view: RootFS, path: bytes, *, follow: bool = True) -> int:
 
 def _nearest(view: RootFS, path: bytes) -> str:
     """Say how far a path leads, and what there has a similar name."""
-    from ocifs.errors import OcifsError  # noqa: PLC0415
     from ocifs.tree import Kind  # noqa: PLC0415
 
     parts = [part for part in path.split(b"/") if part]

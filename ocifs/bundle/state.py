@@ -1,0 +1,96 @@
+"""``ocifs.json``: what a bundle is made of, so that it can be ended, deleted and compared by whoever comes later.
+
+It is written before anything is mounted: what a killed ``ocifs bundle`` leaves is a bundle that can be ended.
+
+Not here: making and ending bundles (`ocifs.bundle.lifecycle`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from ocifs.errors import DamagedError, MachineError, NotFoundError, UnsupportedError
+from ocifs.image import ImageOptions
+
+FORMAT: Final = 1
+NAME: Final = "ocifs.json"
+_LIMIT: Final = 1 << 20
+
+
+class State(msgspec.Struct, frozen=True):
+    """A bundle. Paths are absolute; bytes that are no UTF-8 are surrogateescaped, as in mount records."""
+
+    format: int
+    reference: str
+    """Of the image, with an absolute path."""
+    options: ImageOptions
+    """What it was opened with: together with ``reference`` they lead to the very tree that is mounted."""
+    cache: str
+    manifest: str
+    """Digest of the manifest, or of the configuration where there is no manifest."""
+    layers: int
+    driver: str
+    lower: str
+    """Where the image is mounted: below ``rootfs`` if that is an overlay, else ``rootfs`` itself."""
+    upper: str | None = None
+    """The overlay's upper directory: what the container changed. None if it is read-only."""
+    work: str | None = None
+    ephemeral: bool = False
+    """The changes are in memory, and gone when the bundle ends."""
+
+    @property
+    def read_only(self) -> bool:
+        """Whether containers can change nothing."""
+        return self.upper is None
+
+
+def save(directory: Path, state: State) -> None:
+    """Write the state of the bundle in ``directory``, at once or not at all."""
+    write(directory / NAME, _encoded(state))
+
+
+def write(path: Path, content: bytes) -> None:
+    """Put a file in place at once or not at all. Raises `MachineError`."""
+    new = path.with_name(path.name + ".new")
+    try:
+        new.write_bytes(content)
+        new.rename(path)
+    except OSError as error:
+        raise MachineError(f"cannot write {path}: {error.strerror}") from error
+
+
+def load(directory: Path) -> State:
+    """Read the state of the bundle in ``directory``.
+
+    Raises `NotFoundError` if it is none, `DamagedError` or `UnsupportedError` if its state cannot be read.
+    """
+    path = directory / NAME
+    try:
+        with path.open("rb") as file:
+            raw = file.read(_LIMIT)
+    except (FileNotFoundError, NotADirectoryError):
+        raise NotFoundError(f"{directory} is no bundle of ocifs: it has no {NAME}") from None
+    except OSError as error:
+        raise MachineError(f"cannot read {path}: {error.strerror}") from error
+    try:
+        read = json.loads(raw)
+        if isinstance(read, dict) and read.get("format") != FORMAT:
+            raise UnsupportedError(f"{path} has format {read.get('format')!r}; this ocifs knows {FORMAT}")
+        return msgspec.convert(read, State)
+    except (ValueError, RecursionError, msgspec.MsgspecError) as error:
+        raise DamagedError(f"{path} is not what ocifs wrote: {error}") from None
+
+
+def _encoded(state: State) -> bytes:
+    # Not msgspec's own encoder: a path may hold bytes that are no UTF-8, which only \\u escapes can carry.
+    return json.dumps(msgspec.to_builtins(state), indent=2).encode() + b"\n"
+
+
+def is_bundle(directory: Path) -> bool:
+    """Whether there is a bundle of ocifs, whatever state it is in."""
+    return os.path.lexists(directory / NAME)

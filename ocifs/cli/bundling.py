@@ -1,0 +1,251 @@
+"""``bundle``, ``unbundle``, ``run``: containers that start from an image where it lies.
+
+What a container is made of is for `ocifs.bundle` to know; here are the words for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import click
+import msgspec
+
+from ocifs.cli import options as opt
+from ocifs.cli.options import Choice
+from ocifs.errors import MachineError, NotFoundError, UsageError
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from ocifs.bundle.config import Bind, IdMap, Wanted
+    from ocifs.bundle.lifecycle import Plan
+    from ocifs.image import Image, ImageOptions
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+_DRIVERS: Final = ("auto", "erofs", "fuse")
+_PATCH_LIMIT: Final = 4 << 20
+_AFTER_REF: Final[dict[str, Any]] = {"allow_interspersed_args": False}
+"""What comes behind REF is the container's, whatever it looks like."""
+
+
+class Asked(msgspec.Struct, frozen=True):
+    """The options that both commands have."""
+
+    env: tuple[str, ...]
+    volume: tuple[str, ...]
+    workdir: str
+    user: str
+    config_patch: str | None
+    driver: str
+
+
+def _asking(function: _F) -> _F:
+    """Declare them; the command gets them as keywords."""
+    for option in reversed(
+        (
+            click.option("-e", "--env", metavar="K=V", multiple=True, help="Set an environment variable."),
+            click.option(
+                "-v",
+                "--volume",
+                metavar="HOST:CTR[:ro]",
+                multiple=True,
+                help="Show a directory or file of this machine in the container.",
+            ),
+            click.option("-w", "--workdir", metavar="DIR", default="", help="Begin there.  [default: the image's]"),
+            click.option(
+                "-u", "--user", metavar="USER[:GROUP]", default="", help="Run as that user.  [default: the image's]"
+            ),
+            click.option(
+                "--config-patch",
+                metavar="FILE",
+                type=click.Path(),
+                help="Change config.json by a JSON merge patch (RFC 7396); - is standard input.",
+            ),
+            click.option(
+                "--driver",
+                type=click.Choice(_DRIVERS),
+                default="auto",
+                help="Who walks the image's tree; see 'ocifs mount --help'.  [default: auto]",
+            ),
+        )
+    ):
+        function = option(function)
+    return function
+
+
+@click.command(
+    context_settings=_AFTER_REF,
+    epilog=opt.examples(
+        "ocifs bundle oci:images/app:1.2 /run/bundles/app && runc run --bundle /run/bundles/app app",
+        "ocifs bundle --read-only -e MODE=test oci:images/app:1.2 box /bin/app --verbose",
+        "ocifs bundle --upper /var/lib/app-changes -u 0 app.tar box",
+        "ocifs unbundle --delete box",
+    ),
+)
+@_asking
+@click.option("--read-only", is_flag=True, help="No writable layer: the root file system is the image itself.")
+@click.option("--ephemeral", is_flag=True, help="Keep changes in memory, until the bundle ends.")
+@click.option("--upper", metavar="PLACE", type=click.Path(), help="Keep changes in this directory.  [default: in DIR]")
+@click.option("--rootless", is_flag=True, help="For a container in a user namespace, as 'runc spec --rootless'.")
+@opt.ref_argument
+@click.argument("directory", metavar="DIR", type=click.Path())
+@click.argument("arguments", metavar="[CMD…]", nargs=-1, type=click.UNPROCESSED)
+@opt.container_options
+def bundle(
+    choice: Choice,
+    ref: str,
+    directory: str,
+    arguments: tuple[str, ...],
+    *,
+    read_only: bool,
+    ephemeral: bool,
+    upper: str | None,
+    rootless: bool,
+    **asked: Any,  # noqa: ANN401 (the fields of Asked)
+) -> None:
+    """Make a directory that runc and its like start a container from: config.json, and rootfs with the image mounted.
+
+    config.json says what the image's configuration says, and CMD in place of its command. What a container writes is kept
+    in DIR/upper, in a layer of its own above the image. DIR is made, for you alone; 'ocifs unbundle DIR' ends it.
+    """
+    from ocifs.bundle.lifecycle import make_bundle  # noqa: PLC0415 (only what mounts loads FUSE)
+
+    if sum((read_only, ephemeral, upper is not None)) > 1:
+        raise UsageError("--read-only, --ephemeral and --upper exclude one another: give one of them")
+    id_map = _id_map() if rootless or os.geteuid() != 0 else None
+    with opt.opened_store(choice) as store, unwound():
+        plan = _plan(choice, ref, arguments, Asked(**asked), store.path, read_only=read_only, id_map=id_map)
+        plan = msgspec.structs.replace(plan, upper=_absolute(upper), ephemeral=ephemeral)
+
+        def opening(options: ImageOptions) -> contextlib.AbstractContextManager[Image]:
+            return opt.opened_image(choice, ref, store=store, options=options)
+
+        make_bundle(Path(directory), opening, plan)
+
+
+@click.command(epilog=opt.examples("ocifs unbundle box", "ocifs unbundle --delete /run/bundles/*"))
+@click.option("--delete", is_flag=True, help="Remove DIR and the changes in it; those in a PLACE of --upper stay.")
+@click.argument("directories", metavar="DIR…", nargs=-1, required=True, type=click.Path())
+@opt.plain_options
+def unbundle(choice: Choice, directories: tuple[str, ...], *, delete: bool) -> None:  # noqa: ARG001 (-v has done what it does)
+    """End bundles: nothing stays mounted. What containers changed stays, unless it was kept in memory."""
+    from ocifs.bundle.lifecycle import end_bundle  # noqa: PLC0415
+
+    opt.for_each(directories, lambda directory: end_bundle(Path(directory), delete=delete))
+
+
+# -- from words to a plan ------------------------------------------------------------------------------------------
+
+
+def _plan(
+    choice: Choice,
+    ref: str,
+    arguments: tuple[str, ...],
+    asked: Asked,
+    cache: Path,
+    **more: Any,  # noqa: ANN401 (further fields of Wanted)
+) -> Plan:
+    from ocifs.bundle.config import Wanted  # noqa: PLC0415
+    from ocifs.bundle.lifecycle import Plan  # noqa: PLC0415
+    from ocifs.reference import parse  # noqa: PLC0415
+
+    options = choice.image_options()
+    if options.containerd_root is not None:
+        options = msgspec.structs.replace(options, containerd_root=os.path.abspath(options.containerd_root))
+    wanted = Wanted(
+        arguments=arguments,
+        environment=tuple(map(_variable, asked.env)),
+        cwd=asked.workdir,
+        user=asked.user,
+        binds=tuple(map(_bind, asked.volume)),
+        **more,
+    )
+    _check_text(wanted)
+    return Plan(
+        reference=parse(ref).absolute(),
+        options=options,
+        cache=cache,
+        wanted=wanted,
+        patch=_patch(asked.config_patch),
+        driver=asked.driver,
+        cache_bytes=choice.cache_bytes(),
+    )
+
+
+def _variable(word: str) -> str:
+    if word.startswith("=") or "=" not in word:
+        raise UsageError(f"-e {word!r} is not NAME=VALUE")
+    return word
+
+
+def _bind(word: str) -> Bind:
+    from ocifs.bundle.config import Bind  # noqa: PLC0415
+
+    source, *rest = word.split(":")
+    destination = rest[0] if rest else ""
+    if not source or not destination.startswith("/") or rest[1:] not in ([], ["ro"], ["rw"]):
+        raise UsageError(f"-v {word!r} is not HOST:CTR or HOST:CTR:ro, CTR beginning with a slash")
+    if not os.path.lexists(source):
+        raise NotFoundError(f"-v {word!r}: there is no {source} on this machine")
+    return Bind(os.path.abspath(source), os.path.normpath(destination), read_only=rest[1:] == ["ro"])
+
+
+def _check_text(wanted: Wanted) -> None:
+    """Refuse what a JSON file cannot hold: bytes that are no UTF-8, which only Python has a way to keep."""
+    try:
+        json.dumps(msgspec.to_builtins(wanted), ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise UsageError("config.json can hold UTF-8 only: one of the options or arguments is something else") from None
+
+
+def _patch(name: str | None) -> Any:  # noqa: ANN401 (JSON)
+    if name is None:
+        return msgspec.UNSET
+    try:
+        with contextlib.ExitStack() as stack:
+            file = sys.stdin.buffer if name == "-" else stack.enter_context(open(name, "rb"))
+            raw = file.read(_PATCH_LIMIT)
+        return json.loads(raw)
+    except OSError as error:
+        raise MachineError(f"cannot read the patch {name}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"the patch {name} is not JSON: {error}") from None
+
+
+def _id_map() -> IdMap:
+    from ocifs.bundle.config import IdMap  # noqa: PLC0415
+
+    return IdMap(os.geteuid(), os.getegid())
+
+
+def _absolute(path: str | None) -> Path | None:
+    return None if path is None else Path(os.path.realpath(path))
+
+
+# -- signals -------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def unwound() -> Iterator[None]:
+    """Have SIGTERM and SIGHUP end the block as ^C does: everything that is left on the way is undone."""
+
+    def leave(number: int, _: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
