@@ -8,6 +8,7 @@
 `overlayfs`       the writable layer
 `state`           ``ocifs.json``: what a bundle is made of
 `lifecycle`       making a bundle, whole or not at all, and ending it
+`containers`      running one container in the foreground, and leaving nothing behind
 ================  =====================================================================================================
 
 A bundle's directory is its owner's alone (mode 0700), because an image may have files that make whoever runs them root:

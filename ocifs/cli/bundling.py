@@ -142,6 +142,81 @@ def unbundle(choice: Choice, directories: tuple[str, ...], *, delete: bool) -> N
     opt.for_each(directories, lambda directory: end_bundle(Path(directory), delete=delete))
 
 
+@click.command(
+    context_settings=_AFTER_REF,
+    epilog=opt.examples(
+        "ocifs run oci:images/app:1.2",
+        "ocifs run oci:images/python:3.12 python3 -c 'print(6 * 7)'",
+        'ocifs run --net host -v "$PWD":/src -w /src oci:images/gcc:13 make -j4',
+    ),
+)
+@_asking
+@click.option(
+    "--net",
+    type=click.Choice(("none", "host")),
+    default="none",
+    help="Network: none, or this machine's with its resolv.conf and hosts.  [default: none]",
+)
+@click.option("--read-only", is_flag=True, help="No writable layer.")
+@click.option("--runtime", type=click.Choice(("runc", "crun")), help="Who starts it.  [default: runc if it is there]")
+@opt.ref_argument
+@click.argument("arguments", metavar="[CMD…]", nargs=-1, type=click.UNPROCESSED)
+@opt.container_options
+def run(
+    choice: Choice,
+    ref: str,
+    arguments: tuple[str, ...],
+    *,
+    net: str,
+    read_only: bool,
+    runtime: str | None,
+    **asked: Any,  # noqa: ANN401 (the fields of Asked)
+) -> None:
+    """Run a container from an image in the foreground; the exit status is the container's.
+
+    CMD replaces the image's command, its entrypoint stays. What the container changes is kept in memory and gone at the
+    end, with everything else that was made for it. On a terminal the container gets one of its own. ^C and SIGTERM go to
+    the container; a second one ends it by force.
+    """
+    from ocifs.bundle.containers import find_runtime, run_container  # noqa: PLC0415
+
+    found = find_runtime(runtime)
+    with opt.opened_store(choice) as store, unwound():
+        plan = _plan(
+            choice,
+            ref,
+            arguments,
+            Asked(**asked),
+            store.path,
+            read_only=read_only,
+            terminal=sys.stdin.isatty() and sys.stdout.isatty(),
+            host_network=net == "host",
+        )
+        if net == "host":
+            plan = _with_names_of_host(plan)
+        plan = msgspec.structs.replace(plan, ephemeral=not read_only)
+
+        def opening(options: ImageOptions) -> contextlib.AbstractContextManager[Image]:
+            return opt.opened_image(choice, ref, store=store, options=options)
+
+        status = run_container(opening, plan, found)
+    raise click.exceptions.Exit(status)
+
+
+def _with_names_of_host(plan: Plan) -> Plan:
+    """Let a container in the host's network find names as the host does, unless it is told otherwise."""
+    from ocifs.bundle.config import Bind  # noqa: PLC0415
+
+    bound = {bind.destination for bind in plan.wanted.binds}
+    more = [
+        Bind(os.path.realpath(path), path, read_only=True)
+        for path in ("/etc/resolv.conf", "/etc/hosts")
+        if path not in bound and os.path.isfile(path)
+    ]
+    wanted = msgspec.structs.replace(plan.wanted, binds=(*plan.wanted.binds, *more))
+    return msgspec.structs.replace(plan, wanted=wanted)
+
+
 # -- from words to a plan ------------------------------------------------------------------------------------------
 
 

@@ -27,6 +27,7 @@ FAMILIES: Final[dict[str, dict[str, Place]]] = {
         "ps": Place("mounting", "ps", "List what is mounted."),
     },
     "Containers": {
+        "run": Place("bundling", "run", "Run a container from an image in the foreground."),
         "bundle": Place("bundling", "bundle", "Make a directory that runc starts a container from."),
         "unbundle": Place("bundling", "unbundle", "End bundles."),
     },
