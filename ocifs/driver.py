@@ -208,7 +208,11 @@ class _Session:
         signal.signal(signal.SIGALRM, lambda *_: None)
         _give_back_spans()
         # A signal between mounting and listening would end us without unmounting: let it wait.
-        _hold_signals()
+        signal.pthread_sigmask(signal.SIG_BLOCK, _ending_signals())
+        # Once we are ending, which must happen in order, another one means nothing. To block it would not do: the system
+        # would give it to a worker thread.
+        for number in _ending_signals():
+            signal.signal(number, lambda *_: None)
         try:
             pyfuse3.init(self._adapter, str(self._place), options)
         except RuntimeError as error:
@@ -241,7 +245,6 @@ class _Session:
             nursery.start_soon(self._start, begun)
             # Each worker beyond the first is started under load and takes a 1 MiB buffer; have some from the start.
             await pyfuse3.main(min_tasks=8)
-            _hold_signals()
             nursery.cancel_scope.cancel()
 
     async def _obey(self, listening: trio.Event, begun: trio.Event) -> None:
@@ -257,7 +260,6 @@ class _Session:
                 # What has begun asks us things, and must not be left without an answer.
                 await begun.wait()
                 await self._end()
-                _hold_signals()
                 pyfuse3.terminate()
                 return
 
@@ -268,17 +270,13 @@ class _Session:
             await self._begin()
         except OcifsError as error:
             self._failed = error
-            pyfuse3.terminate()
         except OSError as error:
             self._failed = MachineError(f"the mount on {self._place} did not answer: {error.strerror}")
-            pyfuse3.terminate()
         finally:
             begun.set()
-
-
-def _hold_signals() -> None:
-    """Let signals that ask us to end wait: while mounting, and once we are ending, which must happen in order."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, _ending_signals())
+        if self._failed is not None:
+            await self._end()  # it may have got far
+            pyfuse3.terminate()
 
 
 def _detach_moved(ours: MountEntry | None) -> None:

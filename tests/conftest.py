@@ -23,6 +23,16 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("ocifs")
 
 
+@pytest.fixture(params=["fuse", "erofs"])
+def driver(request: pytest.FixtureRequest) -> str:
+    """Run a test under each driver that works on this machine."""
+    from tests.support.mounting import why_not  # noqa: PLC0415 (most tests mount nothing)
+
+    if why := why_not(request.param):
+        pytest.skip(why)
+    return str(request.param)
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep every test, and the processes it starts, away from the cache of whoever runs the tests."""

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from ocifs import driver
 from tests.support.command import OCIFS, SAMPLE, Run, runner
 from tests.support.layout import write_layout
+from tests.support.mounting import agent, why_not
 from tests.support.tarball import entry, tarball
 
 if TYPE_CHECKING:
@@ -84,6 +86,57 @@ def test_mount_answers_when_it_returns_and_says_nothing(place: Path) -> None:
     )
     with pytest.raises(OSError, match="Read-only file system"):
         (place / "new").write_text("")
+
+
+@pytest.mark.skipif(why_not("erofs") != "", reason=why_not("erofs"))
+def test_the_kernels_driver_is_taken_where_it_works_and_shows_the_mount_to_everybody(place: Path) -> None:
+    done = ocifs("mount", "-v", SAMPLE, place)
+    assert done.returncode == 0
+    assert "driver" not in done.stderr
+    (record,) = mounted(place)
+    assert record["driver"] == "erofs"
+    assert as_nobody(place, "etc/motd") == "Welcome to the merged view of three layers.\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "reason", "others"),
+    [
+        (["--layer", "1"], "examination shows what only the fuse driver can", False),
+        (["--examine"], "examination shows what only the fuse driver can", False),
+        (["-o", "allow_other"], "the option allow_other is FUSE's", True),
+    ],
+    ids=["layer", "examine", "allow_other"],
+)
+def test_what_only_fuse_can_takes_fuse_and_v_says_why(
+    place: Path, words: list[str], reason: str, *, others: bool
+) -> None:
+    done = ocifs("mount", "-v", *words, SAMPLE, place)
+    assert done.returncode == 0
+    assert f"ocifs: using the fuse driver: {reason}" in done.stderr
+    (record,) = mounted(place)
+    assert record["driver"] == "fuse"
+    assert (as_nobody(place, "etc/group") != "EACCES") is others
+
+
+def as_nobody(place: Path, name: str) -> str:
+    """What a user who is not root reads in a file of the mount, or the name of the error."""
+    answer: str = agent("as_user", 4242, place, "read", [name, 0, 4096])
+    return answer if answer.startswith("E") else bytes.fromhex(answer).decode()
+
+
+def test_doctor_says_which_driver_is_taken_and_why_not_the_faster_one(
+    monkeypatch: pytest.MonkeyPatch, run: Run
+) -> None:
+    def shown() -> dict[str, Any]:
+        found: dict[str, Any] = next(
+            one for one in map(json.loads, run("doctor", "--json").out.splitlines()) if one["name"] == "driver"
+        )
+        return found
+
+    monkeypatch.setattr(driver, "erofs_verdict", lambda _: driver.Verdict(works=True))
+    assert (shown()["ok"], shown()["detail"]) == (True, "erofs")
+    monkeypatch.setattr(driver, "erofs_verdict", lambda _: driver.Verdict(works=False, reason="it makes zeros"))
+    assert (shown()["ok"], shown()["detail"]) == (True, "fuse: it makes zeros")
 
 
 def test_umount_returns_when_the_daemon_is_gone(place: Path) -> None:

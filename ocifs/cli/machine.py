@@ -35,9 +35,8 @@ _CAP_SYS_ADMIN: Final = 21
 
 _READING: Final = {
     "click": "the command line",
-    "isal": "decoding gzip layers",
+    "isal": "gzip layers",
     "msgspec": "reading documents",
-    "rapidgzip": "indexing gzip layers",
     "rich": "progress bars",
     "zstandard": "reading zstd layers",
 }
@@ -96,7 +95,7 @@ def examine(choice: Choice) -> Iterator[Finding]:
     for name, purpose in _MOUNTING.items():
         yield _package(name, purpose, needed=False)
     yield from (_fuse_device(), _fusermount(), _allow_other(), _runtime(), _privileges())
-    yield from (_kernel(), _erofs(), _overlay())
+    yield from (_kernel(), _erofs(), _default_driver(), _overlay())
     for name, purpose in _TOOLS.items():
         yield _tool(name, purpose)
 
@@ -269,6 +268,18 @@ def _erofs_tried(name: str, purpose: str, how: str) -> Finding:
         advice = f"mounting falls back to the fuse driver: {verdict.reason}"
         return Finding(name, False, purpose, f"{how}, but of no use", advice)  # noqa: FBT003
     return Finding(name, True, purpose, f"{how}, and answers errors as it should")  # noqa: FBT003
+
+
+def _default_driver() -> Finding:
+    from ocifs import daemon, driver  # noqa: PLC0415
+
+    name, purpose = "driver", "mounting, unless --driver says otherwise"
+    try:
+        daemon.check_machine()
+        used, reason = driver.choose("auto", options=(), examining=False, runtime=daemon.runtime_dir())
+    except OcifsError as error:
+        return Finding(name, False, purpose, "none", str(error))  # noqa: FBT003
+    return Finding(name, True, purpose, f"{used}: {reason}" if reason else used)  # noqa: FBT003
 
 
 def _kernel_setting(name: str) -> str:

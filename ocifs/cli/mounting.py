@@ -42,9 +42,9 @@ def _complete_mountpoint(_: click.Context, __: click.Parameter, incomplete: str)
 @click.option(
     "--driver",
     type=click.Choice(_DRIVERS),
-    default="fuse",
-    help="Who walks the tree: fuse, this program, works everywhere; erofs, the kernel, is faster and needs root and "
-    "Linux 6.12; auto, erofs where it works.  [default: fuse]",
+    default="auto",
+    help="Who walks the tree: fuse, this program, works everywhere; erofs, the kernel, is faster, needs root and Linux "
+    "6.12, and shows the mount to all users; auto, erofs where it works and nothing asks for fuse.  [default: auto]",
 )
 @click.option("-f", "--foreground", is_flag=True, help="Serve in this process, until the mount ends.")
 @click.option("-o", "fuse_words", metavar="OPT[,OPT…]", multiple=True, help="Mount options, as allow_other or noexec.")
@@ -58,6 +58,10 @@ def mount(
 
     A daemon goes on serving it in the background until it is unmounted. Layers that were never seen before are indexed
     first; after that a mount takes no longer than starting ocifs.
+
+    As root the mount is, like any other, there for every user of the machine; with --driver fuse it is for root alone,
+    unless -o allow_other is given. --examine, --layer and options that only FUSE knows (allow_other, allow_root,
+    auto_unmount, default_permissions) are served by fuse; -v says why.
     """
     wanted = choice.image_options()  # refused before anything else is done
     cache_bytes = choice.cache_bytes()
