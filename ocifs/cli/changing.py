@@ -12,6 +12,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
@@ -26,8 +27,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import TypeVar
 
+    from ocifs.bundle.state import State
     from ocifs.changes import Difference, Merged
     from ocifs.image import Image
+    from ocifs.rootfs import RootFS
+    from ocifs.store import Store
 
     _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -54,7 +58,7 @@ def _where(function: _F) -> _F:
     decorated: Any = command
     for declare in (
         click.option(
-            "--userxattr", is_flag=True, help="With --image: the overlay was mounted with userxattr, as users mount it."
+            "--userxattr", is_flag=True, help="The overlay was mounted with userxattr, as it is without privileges."
         ),
         click.option(
             "--image", "ref", metavar="REF", help="DIR is the upper directory of an overlay above this image."
@@ -70,11 +74,57 @@ def _opened(choice: Choice, where: Where) -> Iterator[tuple[Image, Merged]]:
     """The image, and what is there of it and of the upper directory together."""
     from ocifs.changes import Merged, Namespace, Upper  # noqa: PLC0415 (loads most of ocifs: only once a command runs)
 
-    if where.ref is None:
-        raise UsageError("say --image REF")
-    namespace = Namespace.USER if where.userxattr else Namespace.TRUSTED
-    with opt.opened_view(choice, where.ref) as (image, view), Upper(os.fsencode(where.directory), namespace) as upper:
-        yield image, Merged(upper, view)
+    with contextlib.ExitStack() as stack:
+        if where.ref is None:
+            upper, image, view = stack.enter_context(_opened_bundle(choice, Path(where.directory)))
+        else:
+            upper = where.directory
+            image, view = stack.enter_context(opt.opened_view(choice, where.ref))
+        namespace = Namespace.USER if where.userxattr else Namespace.TRUSTED
+        yield image, Merged(stack.enter_context(Upper(os.fsencode(upper), namespace)), view)
+
+
+@contextlib.contextmanager
+def _opened_bundle(choice: Choice, directory: Path) -> Iterator[tuple[str, Image, RootFS]]:
+    """A bundle's upper directory, and its image as it was when the bundle was made."""
+    from ocifs.bundle import state as states  # noqa: PLC0415
+    from ocifs.rootfs import view  # noqa: PLC0415
+    from ocifs.spans import SpanCache  # noqa: PLC0415
+    from ocifs.store import Store  # noqa: PLC0415
+
+    state = states.load(directory)
+    if state.upper is None:
+        raise UsageError(f"{directory} is read-only: nothing can have changed")
+    with Store(Path(state.cache)) as store, _same_image(state, store) as image:
+        if choice.verbose:
+            opt.show_warnings(image.warnings, choice)
+        yield state.upper, image, view(image, SpanCache(choice.cache_bytes()))
+
+
+def _same_image(state: State, store: Store) -> Image:
+    """The image of a bundle: by its reference, or by its digest if the reference leads to another one by now."""
+    import msgspec  # noqa: PLC0415
+
+    from ocifs import reference  # noqa: PLC0415
+    from ocifs.errors import NotFoundError  # noqa: PLC0415
+    from ocifs.image import open_image  # noqa: PLC0415
+
+    # Mount points that the bundle's tree shows are of no layer, and a new layer is laid over layers.
+    options = msgspec.structs.replace(state.options, mount_points=())
+    parsed = reference.parse(state.reference)
+    by_digest = f"{os.fsdecode(parsed.path)}@{state.manifest}" if parsed.path else state.reference
+    if parsed.upto is not None:
+        by_digest += f"#{parsed.upto}"
+    for text in (state.reference, by_digest):
+        with contextlib.suppress(NotFoundError), contextlib.ExitStack() as undo:
+            image = undo.enter_context(open_image(text, store, options))
+            found = image.resolved.image
+            if str(found.manifest_digest or found.config_digest) == state.manifest:
+                undo.pop_all()
+                return image
+    raise NotFoundError(
+        f"{state.reference} is not the image of this bundle any more, and {state.manifest} is not there"
+    )
 
 
 # -- diff-upper ----------------------------------------------------------------------------------------------------
