@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from ocifs.changes.merged import Gone, Present
-from ocifs.changes.upper import Entry
+from ocifs.changes.upper import OF_THIS_MACHINE, Entry
 from ocifs.tree import Kind
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def _of_image(merged: Merged, ino: int) -> _Attributes:
         found.mode & 0o7777,
         (found.uid, found.gid),
         found.mtime_ns,
-        merged.view.xattrs(ino),
+        {name: value for name, value in merged.view.xattrs(ino).items() if name not in OF_THIS_MACHINE},
         found.rdev,
         found.size,
         merged.view.readlink(ino) if found.kind is Kind.SYMLINK else b"",

@@ -20,6 +20,7 @@ import os
 import zlib
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
+import msgspec
 import zstandard
 
 from ocifs import archive, members
@@ -266,6 +267,7 @@ class LayerWriter:
             view.check_readable(ino)
         first = None if found.kind is Kind.DIR else self._first_brought.setdefault(ino, path)
         member = members.member(view, path, ino, None if first == path else first)
+        member = msgspec.structs.replace(member, mtime_ns=self._clamped(member.mtime_ns))
         members.write(view, ino, member, self._write)
 
 

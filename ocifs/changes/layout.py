@@ -6,8 +6,8 @@ all its blobs, or the new one with all of its own. A process that is killed leav
 it is in use, so the next one knows which to remove.
 
 Two that write at once: the layout's directory is locked (flock(2)) from reading ``index.json`` to replacing it, so that
-neither takes away what the other has added. Other tools take no such lock; what they do at the same moment may be lost, as
-it is among themselves.
+neither takes away what the other has added; and while what was left behind is removed, so that nobody's beginning is. Other
+tools take no such lock; what they do at the same moment may be lost, as it is among themselves.
 
 A blob that is there already, with the right size, is left alone. One of another layout on the same file system becomes a
 further name of the same file where the system allows it; its digest is computed first, as for every blob that is copied.
@@ -34,7 +34,7 @@ from ocifs.compression import HEAD_SIZE, Compression, detect
 from ocifs.errors import DamagedError, MachineError, UnsupportedError, UsageError
 from ocifs.reference import Reference, Scheme
 from ocifs.sources import stored_pieces
-from ocifs.spec import Digest, MediaType, printable
+from ocifs.spec import Digest, Index, MediaType, parse_document, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 Json = dict[str, Any]
 
+_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _MARKER: Final = b"oci-layout"
 _INDEX: Final = b"index.json"
 _BLOBS: Final = b"blobs"
@@ -91,16 +92,16 @@ class LayoutWriter:
         UsageError for a directory of something else, MachineError for what the system refuses.
         """
         self._path = path
-        with self._sentence("make", path):
-            self._made = _make_directory(path)
-            if not self._made and not _is_layout(path) and os.listdir(path):
-                raise UsageError(f"{_shown(path)} is neither an OCI layout nor an empty directory")
-        self._sweep()
         self._staging = os.path.join(path, _STAGING + secrets.token_hex(8).encode())
         self._staged: dict[Digest, bytes] = {}
-        with self._sentence("write to", path):
+        with self._sentence("make", path):
+            self._made = _make_directory(path)
+        with self._sentence("write to", path), self._locked():
+            if not _is_layout(path) and not all(name.startswith(_STAGING) for name in os.listdir(path)):
+                raise UsageError(f"{_shown(path)} is neither an OCI layout nor an empty directory")
+            self._sweep()
             os.mkdir(self._staging, 0o700)
-            self._lock = os.open(self._staging, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            self._lock = os.open(self._staging, _DIRECTORY)
             fcntl.flock(self._lock, fcntl.LOCK_EX)
 
     def close(self) -> None:
@@ -221,12 +222,9 @@ class LayoutWriter:
                 raw = file.read(_MAX_INDEX + 1)
         except FileNotFoundError:
             return {"schemaVersion": 2, "mediaType": str(MediaType.OCI_INDEX)}
-        try:
-            index = json.loads(raw) if len(raw) <= _MAX_INDEX else None
-        except (ValueError, RecursionError):
-            index = None
-        if not isinstance(index, dict) or not isinstance(index.get("manifests") or [], list):
+        if len(raw) > _MAX_INDEX or not isinstance(parse_document(raw, MediaType.OCI_INDEX), Index):
             raise DamagedError(f"{_shown(path)} is not an image index, so no image can be added to it")
+        index: Json = json.loads(raw)
         return index
 
     def _replace(self, name: bytes, document: Json) -> None:
@@ -240,7 +238,7 @@ class LayoutWriter:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        fd = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fd = os.open(self._path, _DIRECTORY)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
             yield
@@ -254,7 +252,7 @@ class LayoutWriter:
                 continue
             path = os.path.join(self._path, name)
             with contextlib.suppress(OSError):  # somebody else is at it, or it is not ours to remove
-                fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+                fd = os.open(path, _DIRECTORY | os.O_NOFOLLOW)
                 try:
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     shutil.rmtree(path)
@@ -336,7 +334,7 @@ def _is_layout(path: bytes) -> bool:
 
 
 def _sync_directory(path: bytes) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    fd = os.open(path, _DIRECTORY)
     try:
         os.fsync(fd)
     finally:

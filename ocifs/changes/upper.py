@@ -62,7 +62,7 @@ _KNOWN_NOTES: Final = frozenset(
 )
 """fs/overlayfs/overlayfs.h, ``OVL_XATTR_…_POSTFIX``."""
 
-_OF_THIS_MACHINE: Final = frozenset(
+OF_THIS_MACHINE: Final = frozenset(
     {b"security.selinux", b"security.SMACK64", b"security.apparmor", b"security.ima", b"security.evm"}
 )
 """Labels and measurements that the kernel gives every new file here. They are nothing the container changed."""
@@ -136,7 +136,7 @@ class Upper:
         except OSError as error:
             raise MachineError(f"cannot open the upper directory {_shown(path)}: {error.strerror}") from error
         try:
-            self.top = self._entry(self.path, os.fstat(self._fd))
+            self.top = self._entry(b"/proc/self/fd/%d/." % self._fd, os.fstat(self._fd))
         except BaseException:
             os.close(self._fd)
             raise
@@ -227,7 +227,7 @@ class Upper:
                 notes[name[len(prefix) :]] = os.getxattr(path, name, follow_symlinks=False)
             elif name.startswith((Namespace.TRUSTED.value, Namespace.USER.value)):
                 left_out.append(name)
-            elif name not in _OF_THIS_MACHINE:
+            elif name not in OF_THIS_MACHINE:
                 xattrs.append((name, os.getxattr(path, name, follow_symlinks=False)))
         return Entry(
             kind,

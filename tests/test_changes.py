@@ -1,0 +1,593 @@
+"""Reading upper directories that were made by hand, and the layers written from them, byte for byte."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import stat
+import subprocess
+import sys
+import tarfile
+import zlib
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import zstandard
+
+from ocifs.changes import PACKINGS, Difference, Merged, Namespace, Sign, Upper, differences, upper
+from ocifs.changes.layer import LayerSink, LayerWriter
+from ocifs.changes.upper import ChangedWhileReadError
+from ocifs.errors import MachineError, NotFoundError, OcifsError, UnsupportedError
+from ocifs.image import ImageOptions, open_image
+from ocifs.rootfs import view
+from ocifs.store import Store
+from ocifs.tar import EntryType, TarScanner
+from ocifs.tree import Kind
+from tests.support.layout import write_layout
+from tests.support.mounting import environment
+from tests.support.tarball import HARDLINK, entry, tarball
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from ocifs.rootfs import RootFS
+    from ocifs.tar import Entry
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="whiteouts and trusted.* attributes can be made by root only")
+
+T = 1_600_000_000
+T_NS = T * 10**9
+
+BASE = tarball(
+    entry("./", mtime=T),
+    entry("etc/", mtime=T),
+    entry("etc/conf", b"one\n", mtime=T),
+    entry("etc/hosts", b"localhost\n", mtime=T),
+    entry("etc/same", type=HARDLINK, link="etc/hosts", mtime=T),
+    entry("lib/", mtime=T),
+    entry("lib/deep/", mtime=T),
+    entry("lib/deep/x", b"x" * 1000, mtime=T),
+    entry("run", link="etc", mtime=T),
+)
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RootFS]:
+    place = tmp_path_factory.mktemp("image")
+    write_layout(place / "image", [BASE])
+    with Store(place / "cache") as store, open_image(f"oci:{place / 'image'}", store, ImageOptions()) as opened:
+        yield view(opened)
+
+
+class Top:
+    """An upper directory in the making. Everything in it is as old as the image."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.mkdir()
+
+    def _settle(self, path: Path, mode: int | None) -> Path:
+        if mode is not None:
+            path.chmod(mode)
+        for one in (path, *path.parents[: len(path.relative_to(self.path).parts)]):
+            os.utime(one, ns=(T_NS, T_NS), follow_symlinks=False)
+        return path
+
+    def file(self, name: str | bytes, data: bytes = b"", mode: int = 0o644) -> Path:
+        path = self.path / os.fsdecode(name)
+        path.write_bytes(data)
+        return self._settle(path, mode)
+
+    def directory(self, name: str, mode: int = 0o755) -> Path:
+        (self.path / name).mkdir()
+        return self._settle(self.path / name, mode)
+
+    def whiteout(self, name: str) -> Path:
+        os.mknod(self.path / name, stat.S_IFCHR, 0)
+        return self._settle(self.path / name, None)
+
+    def note(self, name: str, key: str, value: bytes) -> None:
+        os.setxattr(self.path / name, key, value, follow_symlinks=False)
+
+
+@pytest.fixture
+def top(tmp_path: Path) -> Top:
+    return Top(tmp_path / "upper")
+
+
+@contextlib.contextmanager
+def merged(top: Top, image: RootFS, namespace: Namespace = Namespace.TRUSTED) -> Iterator[Merged]:
+    with Upper(os.fsencode(top.path), namespace) as opened:
+        yield Merged(opened, image)
+
+
+def layer(top: Top, image: RootFS, **options: Any) -> tuple[bytes, list[str]]:
+    """The layer's tar, and what was warned about."""
+    out = bytearray()
+    warned: list[str] = []
+    with merged(top, image, options.pop("namespace", Namespace.TRUSTED)) as both:
+        LayerWriter(
+            both, out.extend, warn=lambda path, why: warned.append(f"{os.fsdecode(path)}: {why}"), **options
+        ).write()
+    return bytes(out), warned
+
+
+def entries(tar: bytes) -> list[Entry]:
+    scanner = TarScanner()
+    found = scanner.feed(tar)
+    assert scanner.finish().damage is None
+    return found
+
+
+def names(tar: bytes) -> list[bytes]:
+    return [found.path for found in entries(tar)]
+
+
+def changed(top: Top, image: RootFS, namespace: Namespace = Namespace.TRUSTED) -> list[Difference]:
+    with merged(top, image, namespace) as both:
+        return list(differences(both))
+
+
+def lines(top: Top, image: RootFS, namespace: Namespace = Namespace.TRUSTED) -> list[str]:
+    return [f"{one.sign} {os.fsdecode(one.path)}" for one in changed(top, image, namespace)]
+
+
+# -- what overlayfs notes ------------------------------------------------------------------------------------------
+
+
+def test_a_whiteout_device_takes_a_name_away(top: Top, image: RootFS) -> None:
+    top.directory("etc")
+    top.whiteout("etc/conf")
+    assert lines(top, image) == ["D /etc/conf"]
+    assert names(layer(top, image)[0]) == [b"./", b"etc/", b"etc/.wh.conf"]
+
+
+def test_a_whiteout_of_nothing_says_nothing(top: Top, image: RootFS) -> None:
+    top.whiteout("none")
+    assert lines(top, image) == []
+    assert names(layer(top, image)[0]) == [b"./"]
+
+
+def test_an_opaque_directory_hides_all_that_is_lower(top: Top, image: RootFS) -> None:
+    top.directory("etc")
+    top.file("etc/conf", b"two\n")
+    top.note("etc", "trusted.overlay.opaque", b"y")
+    assert lines(top, image) == ["C /etc/conf", "D /etc/hosts", "D /etc/same"]
+    assert names(layer(top, image)[0]) == [b"./", b"etc/", b"etc/.wh..wh..opq", b"etc/conf"]
+
+
+def test_an_opaque_directory_where_the_image_has_none_needs_no_marker(top: Top, image: RootFS) -> None:
+    top.directory("new")
+    top.note("new", "trusted.overlay.opaque", b"y")
+    top.directory("run")
+    top.note("run", "trusted.overlay.opaque", b"y")
+    assert names(layer(top, image)[0]) == [b"./", b"new/", b"run/"]
+    assert lines(top, image) == ["A /new", "C /run"]
+
+
+def test_below_an_opaque_directory_nothing_is_marked_again(top: Top, image: RootFS) -> None:
+    top.directory("lib")
+    top.note("lib", "trusted.overlay.opaque", b"y")
+    top.directory("lib/deep")
+    top.note("lib/deep", "trusted.overlay.opaque", b"y")
+    assert names(layer(top, image)[0]) == [b"./", b"lib/", b"lib/.wh..wh..opq", b"lib/deep/"]
+    assert lines(top, image) == ["D /lib/deep/x"]
+
+
+def test_an_empty_file_is_a_whiteout_where_its_directory_says_so(top: Top, image: RootFS) -> None:
+    top.directory("etc")
+    for name in ("etc/conf", "etc/hosts"):
+        top.file(name)
+    top.note("etc/conf", "trusted.overlay.whiteout", b"y")
+    assert lines(top, image) == ["C /etc/conf", "C /etc/hosts"]
+    top.note("etc", "trusted.overlay.opaque", b"x")
+    assert lines(top, image) == ["D /etc/conf", "C /etc/hosts"]
+    assert names(layer(top, image)[0]) == [b"./", b"etc/", b"etc/.wh.conf", b"etc/hosts"]
+
+
+def test_notes_of_the_other_namespace_are_somebody_elses_words(top: Top, image: RootFS) -> None:
+    top.directory("etc")
+    top.note("etc", "user.overlay.opaque", b"y")
+    assert lines(top, image) == []
+    assert lines(top, image, Namespace.USER) == ["D /etc/conf", "D /etc/hosts", "D /etc/same"]
+    tar, warned = layer(top, image)
+    assert names(tar) == [b"./", b"etc/"]
+    assert warned == ["etc: its attribute user.overlay.opaque is overlayfs's to every reader"]
+
+
+def test_no_note_of_overlayfs_gets_into_a_layer(top: Top, image: RootFS) -> None:
+    top.directory("etc")
+    for key in ("origin", "impure", "uuid", "upper", "protattr"):
+        top.note("etc", f"trusted.overlay.{key}", b"y")
+    top.note("etc", "trusted.overlay.overlay.opaque", b"y")
+    top.note("etc", "trusted.mine", b"kept")
+    top.note("etc", "user.mine", b"\0=\n")
+    tar, warned = layer(top, image)
+    assert entries(tar)[1].xattrs == ((b"trusted.mine", b"kept"), (b"user.mine", b"\0=\n"))
+    assert warned == ["etc: its attribute trusted.overlay.overlay.opaque is overlayfs's to every reader"]
+
+
+def test_a_redirect_from_the_root_and_one_beside(top: Top, image: RootFS) -> None:
+    top.directory("moved")
+    top.note("moved", "trusted.overlay.redirect", b"/lib")
+    top.directory("moved/flat")
+    top.note("moved/flat", "trusted.overlay.redirect", b"deep")
+    top.whiteout("lib")
+    top.whiteout("moved/deep")
+    assert lines(top, image) == ["D /lib", "A /moved", "A /moved/flat", "A /moved/flat/x"]
+    tar = layer(top, image)[0]
+    assert names(tar) == [b"./", b".wh.lib", b"moved/", b"moved/flat/", b"moved/flat/x"]
+    assert tar[entries(tar)[-1].data_offset :][:1001] == b"x" * 1000 + b"\0"
+
+
+def test_a_redirect_below_an_opaque_directory_counts(top: Top, image: RootFS) -> None:
+    top.directory("etc")
+    top.note("etc", "trusted.overlay.opaque", b"y")
+    top.directory("etc/lib")
+    top.note("etc/lib", "trusted.overlay.redirect", b"/lib/deep")
+    assert names(layer(top, image)[0]) == [b"./", b"etc/", b"etc/.wh..wh..opq", b"etc/lib/", b"etc/lib/x"]
+
+
+def test_a_directory_renamed_over_another_hides_it(top: Top, image: RootFS) -> None:
+    top.directory("etc")
+    top.note("etc", "trusted.overlay.redirect", b"/lib")
+    top.whiteout("lib")
+    assert names(layer(top, image)[0]) == [b"./", b"etc/", b"etc/.wh..wh..opq", b"etc/deep/", b"etc/deep/x", b".wh.lib"]
+    found = ["D /etc/conf", "A /etc/deep", "A /etc/deep/x", "D /etc/hosts", "D /etc/same", "D /lib"]
+    assert lines(top, image) == found
+
+
+@pytest.mark.parametrize("redirect", [b"/gone", b"gone", b"/run/conf", b"../etc", b"/", b"/lib/deep/x"])
+def test_a_redirect_that_leads_nowhere_is_refused(top: Top, image: RootFS, redirect: bytes) -> None:
+    top.directory("moved")
+    top.note("moved", "trusted.overlay.redirect", redirect)
+    if redirect == b"/lib/deep/x":  # a file: overlayfs merges directories only
+        assert lines(top, image) == ["A /moved"]
+        return
+    with pytest.raises(
+        UnsupportedError, match=r"^/moved was renamed from /.* \(redirect_dir=on\), which this image does"
+    ):
+        lines(top, image)
+
+
+def test_metacopy_takes_data_from_the_image(top: Top, image: RootFS) -> None:
+    top.directory("etc")
+    top.file("etc/conf", bytes(4), mode=0o600)
+    top.note("etc/conf", "trusted.overlay.metacopy", b"")
+    tar = layer(top, image)[0]
+    found = entries(tar)[-1]
+    assert (found.path, found.mode, tar[found.data_offset :][:4]) == (b"etc/conf", 0o600, b"one\n")
+    assert [(one.path, one.changed) for one in changed(top, image)] == [(b"/etc/conf", ("mode",))]
+
+
+def test_metacopy_without_its_data_is_refused(top: Top, image: RootFS) -> None:
+    top.file("new", bytes(4))
+    top.note("new", "trusted.overlay.metacopy", b"")
+    with pytest.raises(
+        UnsupportedError, match=r"^/new has its attributes in the upper directory and its data in another"
+    ):
+        layer(top, image)
+
+
+def test_index_on_is_refused(top: Top, image: RootFS) -> None:
+    top.directory("etc")
+    top.file("etc/hosts", b"changed\n")
+    top.note("etc/hosts", "trusted.overlay.nlink", b"U+1")
+    with pytest.raises(
+        UnsupportedError, match=r"^/etc/hosts has further names .*index=on.*replace it by a copy of itself"
+    ):
+        layer(top, image)
+
+
+def test_without_privileges_notes_are_not_overlooked(top: Top, image: RootFS, monkeypatch: pytest.MonkeyPatch) -> None:
+    top.directory("etc")
+    monkeypatch.setattr(upper, "_sees_trusted", lambda: False)
+    with pytest.raises(MachineError, match="can be seen by root only"):
+        lines(top, image)
+    assert lines(top, image, Namespace.USER) == []
+
+
+def test_who_sees_trusted_attributes() -> None:
+    ask = [sys.executable, "-c", "from ocifs.changes import upper; print(upper._sees_trusted())"]
+    said = [
+        subprocess.run([*before, *ask], env=environment(), capture_output=True, check=True).stdout
+        for before in ([], ["setpriv", "--bounding-set=-all", "--inh-caps=-all", "--reuid=65534"], ["unshare", "-Ur"])
+    ]
+    assert said == [b"True\n", b"False\n", b"False\n"]
+
+
+def test_there_is_no_such_directory(tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError, match=r"there is no upper directory .*/none"):
+        Upper(os.fsencode(tmp_path / "none"), Namespace.TRUSTED)
+
+
+# -- what is listed ------------------------------------------------------------------------------------------------
+
+
+def test_what_changed_is_told(top: Top, image: RootFS) -> None:
+    top.directory("etc", mode=0o700)
+    top.file("etc/conf", b"ONE\n")
+    same = top.file("etc/hosts", b"localhost\n")
+    os.chown(same, 5, 6)
+    os.setxattr(same, "user.a", b"1")
+    os.utime(same, ns=(1, 1))
+    top.directory("etc/same")
+    (top.path / "run").symlink_to("lib")
+    os.utime(top.path / "run", ns=(T_NS, T_NS), follow_symlinks=False)
+    os.utime(top.path / "etc", ns=(T_NS, T_NS))
+    os.utime(top.path, ns=(T_NS, T_NS))
+    assert changed(top, image) == [
+        Difference(Sign.CHANGED, b"/etc", Kind.DIR, ("mode",)),
+        Difference(Sign.CHANGED, b"/etc/conf", Kind.FILE, ("content",)),
+        Difference(Sign.CHANGED, b"/etc/hosts", Kind.FILE, ("owner", "mtime", "xattrs")),
+        Difference(Sign.CHANGED, b"/etc/same", Kind.DIR, ("type",)),
+        Difference(Sign.CHANGED, b"/run", Kind.SYMLINK, ("target",)),
+    ]
+
+
+def test_labels_of_this_machine_are_no_change(top: Top, image: RootFS) -> None:
+    top.directory("etc")
+    top.note("etc", "security.selinux", b"system_u:object_r:container_file_t:s0\0")
+    assert lines(top, image) == []
+    assert entries(layer(top, image)[0])[1].xattrs == ()
+
+
+# -- the bytes -----------------------------------------------------------------------------------------------------
+
+
+def test_the_bytes_of_a_layer(top: Top, image: RootFS) -> None:
+    top.directory("etc")
+    top.whiteout("etc/conf")
+    top.file("etc/a", b"data")
+    top.file("b", b"first", mode=0o600)
+    os.link(top.path / "b", top.path / "c")
+    os.utime(top.path, ns=(T_NS, T_NS))
+    tar, warned = layer(top, image)
+    assert warned == []
+
+    def block(name: bytes, typeflag: bytes, mode: int, *, size: int = 0, mtime: int = T, link: bytes = b"") -> bytes:
+        text = b"%s%07o\0%07o\0%07o\0%011o\0%011o\0" % (name.ljust(100, b"\0"), mode, 0, 0, size, mtime)
+        rest = link.ljust(100, b"\0") + b"ustar\x0000" + bytes(64) + b"%07o\0%07o\0" % (0, 0) + bytes(167)
+        total = sum(text) + sum(b" " * 8) + sum(typeflag) + sum(rest)
+        return text + b"%06o\0 " % total + typeflag + rest
+
+    assert tar == b"".join(
+        [
+            block(b"./", b"5", stat.S_IMODE(top.path.stat().st_mode)),
+            block(b"b", b"0", 0o600, size=5) + b"first".ljust(512, b"\0"),
+            block(b"c", b"1", 0o600, link=b"b"),
+            block(b"etc/", b"5", 0o755),
+            block(b"etc/a", b"0", 0o644, size=4) + b"data".ljust(512, b"\0"),
+            block(b"etc/.wh.conf", b"0", 0, mtime=0),
+            bytes(1024),
+        ]
+    )
+
+
+def test_odd_names_owners_and_times_are_in_pax_headers(top: Top, image: RootFS) -> None:
+    top.file(b"raw\xff\n", b"x")
+    top.file("n" * 255, b"y")
+    odd = top.file("odd", b"z", mode=0o6755)
+    os.chown(odd, 2**32 - 2, 8**7)
+    odd.chmod(0o6755)
+    os.utime(odd, ns=(-1_500_000_001, -1_500_000_001))
+    with tarfile.open(fileobj=io.BytesIO(layer(top, image)[0])) as read:
+        found = {member.name: member for member in read}
+    assert {"n" * 255, "odd", os.fsdecode(b"raw\xff\n")} < found.keys()
+    assert (found["odd"].uid, found["odd"].gid, found["odd"].mode) == (2**32 - 2, 8**7, 0o6755)
+    assert found["odd"].pax_headers["mtime"] == "-1.500000001"
+
+
+def test_large_holes_stay_holes_and_small_ones_are_zeros(top: Top, image: RootFS) -> None:
+    for name, size, at in (("large", 1 << 20, 512 << 10), ("small", 64 << 10, 20 << 10), ("empty", 1 << 30, None)):
+        with (top.path / name).open("wb") as file:
+            file.truncate(size)
+            if at is not None:
+                file.seek(at)
+                file.write(b"x" * 4096)
+    tar = layer(top, image)[0]
+    found = {one.path: one for one in entries(tar)}
+    assert (found[b"large"].size, found[b"large"].sparse) == (1 << 20, ((512 << 10, 4096),))
+    assert (found[b"small"].size, found[b"small"].sparse) == (64 << 10, None)
+    assert (found[b"empty"].size, found[b"empty"].stored_size) == (1 << 30, 0)
+    with tarfile.open(fileobj=io.BytesIO(tar)) as read:
+        for name in ("large", "small"):
+            data = read.extractfile(name)
+            assert data is not None
+            assert data.read() == (top.path / name).read_bytes()
+
+
+def test_a_file_of_more_holes_than_a_map_may_list(top: Top, image: RootFS, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ocifs.changes.layer._MAX_SEGMENTS", 4)
+    with (top.path / "f").open("wb") as file:
+        for number in range(1, 10):
+            file.seek(number * (64 << 10) + number * 4096)
+            file.write(b"x" * 4096)
+    tar = layer(top, image)[0]
+    found = entries(tar)[-1]
+    assert found.sparse is None or len(found.sparse) <= 4
+    with tarfile.open(fileobj=io.BytesIO(tar)) as read:
+        data = read.extractfile("f")
+        assert data is not None
+        assert data.read() == (top.path / "f").read_bytes()
+
+
+def test_no_file_is_younger_than_the_timestamp(top: Top, image: RootFS) -> None:
+    top.file("old", b"")
+    os.utime(top.file("young", b""), ns=(T_NS + 7, T_NS + 7))
+    os.utime(top.path, ns=(T_NS + 8, T_NS + 8))
+    tar = layer(top, image, latest=T_NS - 5)[0]
+    assert [one.mtime_ns for one in entries(tar)] == [T_NS - 5] * 3
+    assert [one.mtime_ns for one in entries(layer(top, image, latest=T_NS + 7)[0])] == [T_NS + 7, T_NS, T_NS + 7]
+
+
+def test_the_same_changes_make_the_same_bytes(tmp_path: Path, image: RootFS) -> None:
+    tars = []
+    for name, order in (("one", "abcdef"), ("other", "fdbeca")):
+        made = Top(tmp_path / name)
+        for letter in order:
+            made.file(letter, letter.encode() * 100)
+        tars.append(layer(made, image)[0])
+    assert tars[0] == tars[1]
+    for packing in PACKINGS.values():
+        written = set()
+        for tar in tars:
+            out: list[bytes] = []
+            sink = LayerSink(out.append, packing)
+            for start in range(0, len(tar), 1000):
+                sink.write(tar[start : start + 1000])
+            found = sink.finish()
+            written.add(found)
+            assert found.diff_id.hex == hashlib.sha256(tar).hexdigest()
+            assert found.digest.hex == hashlib.sha256(b"".join(out)).hexdigest()
+            assert found.size == len(b"".join(out))
+        assert len(written) == 1
+
+
+def test_packings_are_what_they_are_called() -> None:
+    data = bytes(range(256)) * 10_000  # 2.4 MiB: three frames
+    packed = {}
+    for name, packing in PACKINGS.items():
+        out: list[bytes] = []
+        sink = LayerSink(out.append, packing)
+        sink.write(data)
+        sink.finish()
+        packed[name] = b"".join(out)
+    assert packed["none"] == data
+    assert zlib.decompress(packed["gzip"], 31) == data
+    assert packed["gzip"][:8] == b"\x1f\x8b\x08\0\0\0\0\0"  # no name, no time
+    assert zstandard.ZstdDecompressor().stream_reader(packed["zstd"], read_across_frames=True).read() == data
+    assert packed["zstd"].count(b"\x28\xb5\x2f\xfd") == 3
+
+
+# -- what a layer cannot say ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [".wh.x", ".wh.", ".wh..wh..opq", "etc/.wh.conf"])
+def test_a_name_that_means_something_in_layers_is_refused(top: Top, image: RootFS, name: str) -> None:
+    top.directory("etc")
+    top.file(name)
+    with pytest.raises(UnsupportedError, match=rf"^/{name} is called as the markers of layers are"):
+        layer(top, image)
+    assert f"A /{name}" in lines(top, image)
+
+
+def test_an_attribute_with_an_equals_sign_is_refused(top: Top, image: RootFS) -> None:
+    os.setxattr(top.file("f"), "user.a=b", b"1")
+    with pytest.raises(UnsupportedError, match=r"^/f has an attribute with = in its name, user.a=b, which no layer"):
+        layer(top, image)
+
+
+def test_an_attribute_without_a_value_is_left_out_with_a_warning(top: Top, image: RootFS) -> None:
+    os.setxattr(top.file("f"), "user.a", b"")
+    tar, warned = layer(top, image)
+    assert entries(tar)[-1].xattrs == ()
+    assert warned == ["f: its attribute user.a has no value, which a layer cannot say"]
+
+
+def test_more_attributes_than_readers_take_are_refused(
+    top: Top, image: RootFS, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ocifs.changes.layer._MAX_ATTRIBUTES", 10)
+    os.setxattr(top.file("f"), "user.a", b"12345")
+    with pytest.raises(UnsupportedError, match=r"^/f has more than 10 bytes of attributes"):
+        layer(top, image)
+
+
+# -- changes meanwhile ---------------------------------------------------------------------------------------------
+
+
+def during(monkeypatch: pytest.MonkeyPatch, act: Any) -> None:
+    """Do ``act`` once, right after the first data was read."""
+    pread = os.pread
+    todo = [act]
+
+    def reading(fd: int, size: int, offset: int) -> bytes:
+        data = pread(fd, size, offset)
+        if todo and data:
+            todo.pop()()
+        return data
+
+    monkeypatch.setattr(os, "pread", reading)
+
+
+def test_a_file_that_grows_while_it_is_read_is_refused(
+    top: Top, image: RootFS, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = top.file("f", b"x" * 100)
+    during(monkeypatch, lambda: os.truncate(path, 101))
+    with pytest.raises(
+        ChangedWhileReadError, match=r"/upper/f changed while it was read: pause or stop what runs there"
+    ):
+        layer(top, image)
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_refused(
+    top: Top, image: RootFS, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = top.file("f", b"x" * (3 << 20))
+    during(monkeypatch, lambda: os.truncate(path, 5))
+    with pytest.raises(ChangedWhileReadError, match="/upper/f changed"):
+        layer(top, image)
+
+
+def test_a_name_that_comes_while_its_directory_is_read_is_refused(
+    top: Top, image: RootFS, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    top.directory("etc")
+    top.file("etc/f", b"x")
+    during(monkeypatch, lambda: top.file("etc/late"))
+    with pytest.raises(ChangedWhileReadError, match=r"/upper/etc changed"):
+        layer(top, image)
+
+
+def test_a_name_that_goes_while_its_directory_is_read_is_refused(
+    top: Top, image: RootFS, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    top.file("a", b"x")
+    late = top.file("b", b"x")
+    during(monkeypatch, late.unlink)
+    with pytest.raises(ChangedWhileReadError, match=r"/upper/b changed"):
+        layer(top, image)
+
+
+def test_a_link_does_not_lead_out(top: Top, image: RootFS, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Between a look and the opening somebody puts a link in the file's place."""
+    (tmp_path / "secret").write_bytes(b"secret")
+    path = top.file("f", b"x")
+    opened = os.open
+
+    def opening(name: Any, *arguments: Any, **more: Any) -> int:
+        if name == b"f":
+            path.unlink()
+            path.symlink_to(tmp_path / "secret")
+        return opened(name, *arguments, **more)
+
+    monkeypatch.setattr(os, "open", opening)
+    with pytest.raises(ChangedWhileReadError):
+        layer(top, image)
+
+
+def test_trees_deeper_than_any_limit(top: Top, image: RootFS) -> None:
+    fd = os.open(top.path, os.O_RDONLY)
+    for _ in range(3000):
+        os.mkdir(b"d" * 10, dir_fd=fd)
+        below = os.open(b"d" * 10, os.O_RDONLY, dir_fd=fd)
+        os.close(fd)
+        fd = below
+    os.close(fd)
+    try:
+        found = entries(layer(top, image)[0])
+    finally:
+        subprocess.run(["rm", "-rf", top.path], check=True)
+    assert len(found) == 3001
+    assert found[-1].type is EntryType.DIR
+    assert len(found[-1].path) == 3000 * 11
+
+
+def test_every_error_is_a_sentence() -> None:
+    assert issubclass(ChangedWhileReadError, OcifsError)
+    assert ChangedWhileReadError("x").exit_code == 7
