@@ -26,9 +26,9 @@ A bundle's directory is its owner's alone (mode 0700), because an image may have
 Mount points that the image lacks are in the tree that is mounted (`ocifs.overlay.mount_points`), so that a read-only root
 works and the upper directory holds nothing but what containers changed.
 
-How many file systems can lie above one another: two (`ocifs.bundle.overlayfs.STACKING_MAX`). A bundle's overlay is one;
-with the ``erofs`` driver the kernel counts EROFS as another, so that a further overlay, as ``podman run --rootfs DIR:O``
-or a container engine inside the container makes it, is refused. With the ``fuse`` driver there is room for it.
+How many file systems can lie above one another: two (`ocifs.bundle.overlayfs.STACKING_MAX`). A bundle's overlay is one.
+Some kernels count EROFS as another: there a further overlay, as ``podman run --rootfs DIR:O`` or a container engine
+inside the container makes it, is refused under the ``erofs`` driver and has room under ``fuse``.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ def make_bundle(directory: Path, opening: Opening, plan: Plan) -> State:
             image = opened.enter_context(opening(plan.options))
         with ExitStack() as undo:
             made = _make(directory, image, plan, undo)
-            state.write(directory / CONFIG, json.dumps(config, indent=2).encode() + b"\n")
+            _write_config(directory, config)
             undo.pop_all()
         return made
 
@@ -265,6 +265,10 @@ def _config(image: Image, plan: Plan) -> Json:
 
 def _no_config() -> ImageConfig:
     raise UnsupportedError("the image has no configuration, so nothing says what to run")
+
+
+def _write_config(directory: Path, config: Json) -> None:
+    state.write(directory / CONFIG, json.dumps(config, indent=2).encode() + b"\n")
 
 
 def _missing(shown: RootFS, config: Json) -> tuple[MountPoint, ...]:

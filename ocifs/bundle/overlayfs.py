@@ -91,8 +91,8 @@ def _meaning(error: OSError, lower: Path, upper: Path) -> str:
         return f"{upper} is on {kind}, which cannot keep changes; say --upper with a directory on ext4, xfs or btrfs"
     if error.errno == errno.EINVAL and _file_system_of(lower) in ("overlay", "erofs"):
         return (
-            f"the kernel stacks {STACKING_MAX} file systems at most, {lower} is such a stack itself, and EROFS counts; "
-            "with --driver fuse there is one level less"
+            f"the kernel stacks {STACKING_MAX} file systems at most, and {lower} is such a stack itself; some kernels count "
+            "EROFS, so that there is one level less with --driver fuse"
         )
     return str(error.strerror)
 
