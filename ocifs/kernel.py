@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from ocifs.errors import MachineError
@@ -43,25 +43,35 @@ _libc.syscall.restype = ctypes.c_long
 
 
 def mount_erofs(
-    source: bytes, devices: Sequence[bytes], target: bytes, *, flags: Sequence[str] = (), attributes: Sequence[str] = ()
-) -> None:
-    """Mount the EROFS image in the file ``source`` on the directory ``target``, read-only.
+    source: bytes,
+    devices: Sequence[bytes],
+    target: bytes,
+    *,
+    flags: Sequence[str] = (),
+    attributes: Sequence[str] = (),
+    attaching: Callable[[int], None] = lambda _: None,
+) -> int:
+    """Mount the EROFS image in the file ``source`` on the directory ``target``, read-only; give its st_dev.
 
     ``devices`` are the files of the extra devices in the order of the image's device table: all of them or, on pain of
     reading file data from the wrong place, none of that image's files. ``flags`` are further options of EROFS without a
     value, ``attributes`` those of any mount: of mount(8)'s words for them nosuid, nodev, noexec and noatime count.
     Blocks while the kernel reads the superblock: if this very process serves ``source``, call it in a thread.
+    ``attaching`` is told the st_dev before the mount can be seen, so that whoever must find it again can write it down.
 
     Raises `MachineError` with what the kernel said; nothing stays mounted then.
     """
     attached = _MOUNT_ATTR_RDONLY | sum(_MOUNT_ATTRIBUTES.get(word, 0) for word in set(attributes))
     mount = _create(source, devices, flags, attached)
     try:
+        device = os.fstat(mount).st_dev
+        attaching(device)
         _call("move_mount", _MOVE_MOUNT, mount, b"", _AT_FDCWD, target, _MOVE_MOUNT_F_EMPTY_PATH)
     except OSError as error:
         raise MachineError(f"cannot mount on {os.fsdecode(target)}: {error.strerror}") from error
     finally:
         os.close(mount)
+    return device
 
 
 def _create(source: bytes, devices: Sequence[bytes], flags: Sequence[str], attributes: int) -> int:

@@ -80,7 +80,7 @@ class Place:
         if self.driver == "erofs":
             spans = SpanReader([layer.data for layer in image.layers], decoded)
             files, private = device_files(image, spans), daemon.private_place(self._claim)
-            serve = partial(driver.serve_erofs, files, spans.decoding, self.mountpoint, private, self.options)
+            serve = partial(driver.serve_erofs, files, [spans], self.mountpoint, private, self.options)
         else:
             serve = partial(driver.serve_fuse, [view(image, decoded)], self.mountpoint, self.options, reference)
         run = daemon.run_foreground if foreground else daemon.run_background

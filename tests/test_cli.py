@@ -106,7 +106,7 @@ def test_ctrl_c_ends_with_130_and_no_word(run: Run, failing: Callable[[BaseExcep
         (["cache"], "missing command; see 'ocifs cache --help'"),
         (["cache", "frob"], "no such command 'frob'"),
         ([], "missing command; see 'ocifs --help'"),
-        (["mont"], "there is no command 'mont'; did you mean mount or umount?; see 'ocifs --help'"),
+        (["mont"], "there is no command 'mont'; did you mean mount or umount or stat-mount?; see 'ocifs --help'"),
         (["mount", "--driver", "loop", "x", "/mnt"], "'--driver'"),
         (["ls", "--upto", "two", "x"], "'--upto'"),
         (["ls", "--layer", "1", "--upto", "2", SAMPLE], "--layer shows one layer alone"),

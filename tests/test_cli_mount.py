@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from ocifs import driver
+from ocifs.driver import Verdict, choice
 from tests.support.command import OCIFS, SAMPLE, Run, runner
 from tests.support.layout import write_layout
 from tests.support.mounting import agent, why_not
@@ -133,9 +133,9 @@ def test_doctor_says_which_driver_is_taken_and_why_not_the_faster_one(
         )
         return found
 
-    monkeypatch.setattr(driver, "erofs_verdict", lambda _: driver.Verdict(works=True))
+    monkeypatch.setattr(choice, "erofs_verdict", lambda _: Verdict(works=True))
     assert (shown()["ok"], shown()["detail"]) == (True, "erofs")
-    monkeypatch.setattr(driver, "erofs_verdict", lambda _: driver.Verdict(works=False, reason="it makes zeros"))
+    monkeypatch.setattr(choice, "erofs_verdict", lambda _: Verdict(works=False, reason="it makes zeros"))
     assert (shown()["ok"], shown()["detail"]) == (True, "fuse: it makes zeros")
 
 
@@ -171,9 +171,10 @@ def test_after_kill_9_the_next_mount_and_the_next_umount_clean_up(place: Path) -
         (record,) = mounted(place)
         os.kill(record["pid"], signal.SIGKILL)
         wait_until_gone(record["pid"])
-        assert mounted(place) == []
+        assert [one["state"] for one in mounted(place)] == ["dead"]
     done = ocifs("umount", place)
     assert done.returncode == 0, done.stderr
+    assert mounted(place) == []
     assert list(place.iterdir()) == []
 
 
@@ -187,8 +188,10 @@ def test_ps_tells_what_is_mounted(place: Path) -> None:
     assert record["manifest"].startswith("sha256:")
     assert alive(record["pid"])
     table = ocifs("ps").stdout
-    assert table.splitlines()[0].split() == ["MOUNT", "POINT", "IMAGE", "DRIVER", "LAYERS", "PID", "SINCE"]
-    assert [str(place), SAMPLE, "fuse", "2", str(record["pid"])] in [line.split()[:5] for line in table.splitlines()]
+    assert table.splitlines()[0].split() == ["MOUNT", "POINT", "IMAGE", "DRIVER", "LAYERS", "PID", "STATE", "SINCE"]
+    assert [str(place), SAMPLE, "fuse", "2", str(record["pid"]), "live"] in [
+        line.split()[:6] for line in table.splitlines()
+    ]
 
 
 def test_what_is_in_use_is_not_removed_from_the_cache(place: Path, run: Run) -> None:

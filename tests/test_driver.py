@@ -13,8 +13,9 @@ from types import SimpleNamespace
 import msgspec
 import pytest
 
-from ocifs import driver, kernel
-from ocifs.driver import Verdict, _libfuse_options, _Waiting, check_options, choose, erofs_verdict
+from ocifs import kernel
+from ocifs.driver import Verdict, check_options, choice, choose, erofs_verdict, probe, probing, session
+from ocifs.driver.options import libfuse_options
 from ocifs.errors import MachineError, OcifsError, UsageError
 
 WORKS = Verdict(works=True)
@@ -63,13 +64,13 @@ def test_unknown_options_are_named_with_those_that_are_known(word: str) -> None:
 
 
 def test_what_libfuse_is_told() -> None:
-    assert _libfuse_options(["nosuid", "nodev", "allow_other"], "oci:image:tag") == {
+    assert libfuse_options(["nosuid", "nodev", "allow_other"], "oci:image:tag") == {
         *("ro", "default_permissions", "subtype=ocifs", "fsname=oci:image:tag", "nosuid", "nodev", "allow_other")
     }
 
 
 def test_libfuse_is_not_told_what_it_does_not_know() -> None:
-    assert _libfuse_options(["atime", "nonempty"], "x") == {"ro", "default_permissions", "subtype=ocifs", "fsname=x"}
+    assert libfuse_options(["atime", "nonempty"], "x") == {"ro", "default_permissions", "subtype=ocifs", "fsname=x"}
 
 
 @pytest.mark.parametrize(
@@ -84,8 +85,8 @@ def test_libfuse_is_not_told_what_it_does_not_know() -> None:
     ],
 )
 def test_a_reference_cannot_become_an_option(reference: bytes, shown: str) -> None:
-    assert f"fsname={shown}" in _libfuse_options([], os.fsdecode(reference))
-    assert len(_libfuse_options([], os.fsdecode(reference))) == 4
+    assert f"fsname={shown}" in libfuse_options([], os.fsdecode(reference))
+    assert len(libfuse_options([], os.fsdecode(reference))) == 4
 
 
 # -- the choice ------------------------------------------------------------------------------------------------------
@@ -103,7 +104,7 @@ def verdict(monkeypatch: pytest.MonkeyPatch) -> Callable[[Verdict | None], list[
             assert wanted is not None, "the kernel was asked needlessly"
             return wanted
 
-        monkeypatch.setattr(driver, "erofs_verdict", erofs_verdict)
+        monkeypatch.setattr(choice, "erofs_verdict", erofs_verdict)
         return asked
 
     return say
@@ -172,7 +173,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
     monkeypatch.setattr(os, "geteuid", lambda: told.uid)
     monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(release=told.release))
-    monkeypatch.setattr(driver, "probe", probe)
+    monkeypatch.setattr(choice, "probe", probe)
     return told
 
 
@@ -262,7 +263,7 @@ def mounts() -> list[str]:
 
 @needs_probe
 def test_a_probe_works_or_says_why_and_leaves_nothing(tmp_path: Path) -> None:
-    seen = driver.probe(tmp_path)
+    seen = probe(tmp_path)
     assert seen.works or seen.reason
     assert seen.works == (seen.reason == "")
     assert [line for line in mounts() if str(tmp_path) in line] == []
@@ -270,7 +271,7 @@ def test_a_probe_works_or_says_why_and_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_a_probe_that_has_no_place_says_so_and_may_be_asked_again(tmp_path: Path) -> None:
-    verdict = driver.probe(tmp_path / "missing")
+    verdict = probe(tmp_path / "missing")
     assert (verdict.works, verdict.lasting) == (False, False)
     assert verdict.reason.startswith("the probe has no place to run: ")
 
@@ -289,28 +290,32 @@ def read_probe(monkeypatch: pytest.MonkeyPatch, path: Path, first: bytes, second
         return second
 
     monkeypatch.setattr(os, "pread", pread)
-    return driver._probe_read(path)
+    return probing._probe_read(path)
 
 
 @pytest.mark.parametrize(
     ("first", "second", "reason"),
     [
-        (driver._GOOD, errno.EIO, ""),
-        (driver._GOOD, bytes(4096), "this kernel's EROFS makes zeros of data that cannot be read, instead of an error"),
-        (driver._GOOD, b"", "this kernel's EROFS makes zeros of data that cannot be read, instead of an error"),
+        (probing._GOOD, errno.EIO, ""),
         (
-            driver._GOOD,
+            probing._GOOD,
+            bytes(4096),
+            "this kernel's EROFS makes zeros of data that cannot be read, instead of an error",
+        ),
+        (probing._GOOD, b"", "this kernel's EROFS makes zeros of data that cannot be read, instead of an error"),
+        (
+            probing._GOOD,
             b"x" * 4096,
             "this kernel's EROFS makes something of data that cannot be read, instead of an error",
         ),
-        (driver._GOOD, errno.EUCLEAN, "a failing device was answered with Structure needs cleaning"),
+        (probing._GOOD, errno.EUCLEAN, "a failing device was answered with Structure needs cleaning"),
         (bytes(4096), errno.EIO, "the kernel's EROFS read wrong bytes from a good device"),
     ],
 )
 def test_what_a_probe_makes_of_what_it_reads(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, first: bytes, second: bytes | int, reason: str
 ) -> None:
-    assert len(driver._GOOD) == 4096
+    assert len(probing._GOOD) == 4096
     assert read_probe(monkeypatch, tmp_path / "file", first, second) == Verdict(works=not reason, reason=reason)
 
 
@@ -353,7 +358,7 @@ class Poll:
 
 
 class Waits:
-    """A `_Waiting` under observation."""
+    """A `Waits` under observation."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, cpus: int = 2) -> None:
         self.clock, self.poll = Clock(), Poll()
@@ -362,7 +367,7 @@ class Waits:
         monkeypatch.setattr(time, "perf_counter", self.clock)
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cpus)))
         monkeypatch.setattr(signal, "setitimer", lambda _which, *values: self.timers.append(values))
-        self.waiting = _Waiting(lambda: self.decoding)
+        self.waiting = session.Waits(lambda: self.decoding)
         self.waiting._poll = self.poll  # type: ignore[assignment]
 
     def wait(self, seconds: float, timeout: float = 10.0) -> tuple[int, list[tuple[float, ...]]]:

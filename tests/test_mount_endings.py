@@ -44,12 +44,12 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 EARLY = """
 import os, signal
-from ocifs import driver
-begin = driver._Session._start
+from ocifs.driver.session import Session
+begin = Session._start
 async def start(self, begun):
     os.kill(os.getpid(), signal.SIGTERM)
     await begin(self, begun)
-driver._Session._start = start
+Session._start = start
 """
 """Has SIGTERM arrive when requests are served already and the mount is about to be proved."""
 

@@ -442,12 +442,36 @@ def test_the_next_umount_removes_a_dead_mount(image: str, cache: Path, tmp_path:
         assert nothing_left(mount.path)
 
 
-def test_ps_does_not_list_a_killed_daemon(image: str, cache: Path, tmp_path: Path, driver: str) -> None:
+def test_ps_lists_a_killed_daemon_as_dead_until_its_mount_is_gone(
+    image: str, cache: Path, tmp_path: Path, driver: str
+) -> None:
     with mounted(image, tmp_path / "mnt", driver=driver, cache=cache, ended=True) as mount:
         _kill(mount)
+        for _ in range(2):
+            record = record_of(mount.path)
+            assert record is not None
+            assert (record["state"], record["reference"]) == ("dead", image)
+        assert run(["umount", str(mount.path)]).returncode == 0
         assert record_of(mount.path) is None
-        done = ocifs("umount", mount.path)  # found without its record too
-        assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_ps_lists_a_daemon_whose_mount_is_out_of_sight_as_detached(
+    image: str, cache: Path, tmp_path: Path, driver: str
+) -> None:
+    def states() -> list[str]:
+        return [one["state"] for one in records() if one["mountpoint"] == str(tmp_path / "mnt")]
+
+    with mounted(image, tmp_path / "mnt", driver=driver, cache=cache, ended=True) as mount:
+        assert states() == ["live"]
+        holder = start("hold", mount.at("file"))
+        _wait_for_line(holder)
+        assert ocifs("umount", "--lazy", mount.path).returncode == 0
+        assert states() == ["detached"]
+        with mounted(image, mount.path, driver=driver, cache=cache):
+            assert states() == ["detached", "live"]
+        answer(holder)
+        assert mount.process.gone()
+        assert states() == []
 
 
 def test_a_dead_mount_in_use_is_removed_all_the_same(image: str, cache: Path, tmp_path: Path, driver: str) -> None:
@@ -590,7 +614,7 @@ def test_ten_mounts_in_a_row_leave_nothing_behind(image: str, cache: Path, tmp_p
 
 
 def _record_name(path: Path) -> str:
-    return daemon._record_path(path).stem
+    return hashlib.sha256(os.fsencode(path)).hexdigest()[:32]
 
 
 def test_a_mount_does_not_gather_descriptors_or_threads(image: str, cache: Path, tmp_path: Path, driver: str) -> None:
@@ -618,8 +642,8 @@ def slow_image(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 KILLING = """
 import os, select, signal
-from ocifs import driver
-plain = driver._Waiting.after_io_wait
+from ocifs.driver.session import Waits
+plain = Waits.after_io_wait
 def deadly(self, timeout):
     plain(self, timeout)
     if self._poll.poll(0) and os.path.exists(os.environ["VICTIM"]):
@@ -630,7 +654,7 @@ def deadly(self, timeout):
         os.kill(victim, signal.SIGKILL)
         select.select([held], [], [])
         os.close(held)
-driver._Waiting.after_io_wait = deadly
+Waits.after_io_wait = deadly
 """
 """Makes the daemon kill the process that a file names, just when a request woke it and before it reads that request."""
 

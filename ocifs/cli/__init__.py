@@ -13,7 +13,7 @@ this module        `main`: the one place where errors become sentences and exit 
 `bundling`         ``bundle``, ``unbundle``, ``run``
 `changing`         ``diff-upper``, ``commit``
 `documents`        ``inspect``, ``layers``, ``index``
-`mounting`         ``mount``, ``umount``, ``ps``
+`mounting`         ``mount``, ``umount``, ``ps``, ``stat-mount``
 `caching`          ``cache info|ls|gc|clear``
 `machine`          ``doctor``
 `shell`            ``completion``

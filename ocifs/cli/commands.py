@@ -25,6 +25,7 @@ FAMILIES: Final[dict[str, dict[str, Place]]] = {
         "mount": Place("mounting", "mount", "Mount an image's file system on a directory."),
         "umount": Place("mounting", "umount", "Unmount, and wait until the daemon is gone."),
         "ps": Place("mounting", "ps", "List what is mounted."),
+        "stat-mount": Place("mounting", "stat_mount", "Show what a mount's daemon has done."),
     },
     "Containers": {
         "run": Place("bundling", "run", "Run a container from an image in the foreground."),

@@ -1,4 +1,4 @@
-"""``mount``, ``umount``, ``ps``.
+"""``mount``, ``umount``, ``ps``, ``stat-mount``.
 
 `ocifs.mount` and `ocifs.daemon` do the work.
 """
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import click
+import msgspec
 
 from ocifs.cli import options as opt
 from ocifs.cli import output
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     from click.shell_completion import CompletionItem
 
-    from ocifs.daemon import Record
+    from ocifs.daemon import Listed
 
 _DRIVERS: Final = ("auto", "erofs", "fuse")
 
@@ -102,20 +103,24 @@ def umount(choice: Choice, directories: tuple[str, ...], *, lazy: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object a line.")
 @opt.plain_options
 def ps(choice: Choice, *, as_json: bool) -> None:  # noqa: ARG001 (-v has done what it does)
-    """List what is mounted by this user, oldest first."""
+    """List what is mounted by this user, oldest first.
+
+    STATE is live; detached: unmounted lazily, or to be seen in another mount namespace only, and served on for whoever
+    still uses it; or dead: its daemon was killed, and 'ocifs umount' or the next mount there cleans up.
+    """
     from ocifs import daemon  # noqa: PLC0415
 
-    records = list(daemon.records())
+    listed = daemon.records()
     if as_json:
-        for record in records:
-            output.print_json({name: getattr(record, name) for name in record.__struct_fields__})
+        for one in listed:
+            output.print_json({**msgspec.structs.asdict(one.record), "state": one.state.value})
     else:
-        _print_records(records)
+        _print_listed(listed)
 
 
-def _print_records(records: Sequence[Record]) -> None:
+def _print_listed(listed: Sequence[Listed]) -> None:
     output.print_table(
-        ("MOUNT POINT", "IMAGE", "DRIVER", "LAYERS", "PID", "SINCE"),
+        ("MOUNT POINT", "IMAGE", "DRIVER", "LAYERS", "PID", "STATE", "SINCE"),
         [
             (
                 record.mountpoint,
@@ -123,9 +128,31 @@ def _print_records(records: Sequence[Record]) -> None:
                 record.driver,
                 str(record.layers),
                 str(record.pid),
+                state.value,
                 output.local_time(record.started_ns / 10**9),
             )
-            for record in records
+            for record, state in listed
         ],
         right=(3, 4),
     )
+
+
+@click.command("stat-mount", epilog=opt.examples("ocifs stat-mount /mnt", "ocifs stat-mount --json /mnt | jq .errors"))
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.argument("directory", metavar="DIR", shell_complete=_complete_mountpoint)
+@opt.plain_options
+def stat_mount(choice: Choice, directory: str, *, as_json: bool) -> None:  # noqa: ARG001 (-v has done what it does)
+    """Show what the daemon of a mount has done so far.
+
+    SIGUSR1 makes the daemon write the same into its log.
+    """
+    from ocifs import daemon  # noqa: PLC0415
+
+    record, statistics = daemon.statistics_at(Path(directory))
+    if as_json:
+        output.print_json(statistics)
+        return
+    shown = {"mount point": record.mountpoint, "image": record.reference, "driver": record.driver, "pid": record.pid}
+    for name, value in {**shown, **statistics}.items():
+        size = f" ({output.human_size(value)})" if name.endswith("bytes") and isinstance(value, int) else ""
+        output.print_line(output.printable(f"{name.replace('_', ' ') + ':':<20}{value}{size}"))

@@ -74,5 +74,6 @@ def complete_mountpoint(incomplete: str) -> list[CompletionItem]:
     from ocifs.daemon import records  # noqa: PLC0415
 
     with contextlib.suppress(OcifsError):
-        return [CompletionItem(one.mountpoint) for one in records() if one.mountpoint.startswith(incomplete)]
+        mountpoints = [one.record.mountpoint for one in records()]
+        return [CompletionItem(name) for name in mountpoints if name.startswith(incomplete)]
     return []

@@ -197,8 +197,9 @@ def records(env: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
 
 
 def record_of(path: Path) -> dict[str, Any] | None:
-    """Give the record of the mount at ``path``, if there is one."""
-    return next((one for one in records() if one["mountpoint"] == str(path)), None)
+    """Give the record of the mount that is to be seen at ``path``, live or dead, if there is one."""
+    found = (one for one in records() if one["mountpoint"] == str(path) and one["state"] != "detached")
+    return next(found, None)
 
 
 # -- mounts --------------------------------------------------------------------------------------------------------

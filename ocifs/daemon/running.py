@@ -1,0 +1,186 @@
+"""Serving a mount, in this process or in a daemon of its own.
+
+The daemon tells who waits for it when the mount answers: one line through a pipe, ``ready``, or the sentence that says why
+not. In the foreground there is no fork and no wait; a service manager is told there (`ocifs.daemon.notify`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import msgspec
+
+from ocifs.daemon import notify
+from ocifs.daemon.logs import log_to_background, log_to_standard_error
+from ocifs.daemon.mountpoints import unmounted
+from ocifs.daemon.records import Claim, Record, told_plainly
+from ocifs.daemon.statistics import listening
+from ocifs.driver import Keeper
+from ocifs.errors import MachineError, OcifsError
+from ocifs.mountinfo import mounted_at
+
+_log = logging.getLogger(__name__)
+
+Serve = Callable[[Keeper], None]
+"""What a driver does: serve until the mount ends, telling the keeper what comes about."""
+
+
+def private_place(claim: Claim) -> Path:
+    """An empty directory beside the record, for the files that EROFS is mounted from; gone when the claim is released."""
+    try:
+        claim.private.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise told_plainly(claim.private, error) from error
+    if mounted_at(claim.private) is not None:  # left by a daemon of the same pid, killed at just that moment
+        unmounted(claim.private, lazy=True)
+    return claim.private
+
+
+class _Kept:
+    """The record of a mount that this process serves, written anew with all that comes about."""
+
+    def __init__(self, record: Record, claim: Claim, announce: Callable[[], None]) -> None:
+        self._record = msgspec.structs.replace(record, pid=os.getpid())
+        self._claim = claim
+        self._announce = announce
+        claim.write(self._record)
+
+    def served(self, serve: Serve, asking: socket.socket) -> Record:
+        """Serve, and give the record as it was at the end."""
+        serve(Keeper(self._attached, self._ready, asking))
+        return self._record
+
+    def _attached(self, device: int) -> None:
+        self._record = msgspec.structs.replace(self._record, device=device)
+        self._claim.write(self._record)
+
+    def _ready(self) -> None:
+        self._record = msgspec.structs.replace(self._record, ready=True)
+        self._claim.write(self._record)
+        self._announce()
+
+
+def run_foreground(serve: Serve, record: Record, claim: Claim) -> Record:
+    """Serve in this process until the mount ends; give its record as it was then."""
+
+    def announce() -> None:
+        what = f"{record.reference} is mounted on {record.mountpoint}"
+        _log.info("%s", what)
+        notify.tell("READY=1", f"STATUS={what}")
+
+    try:
+        log_to_standard_error()
+        with listening(claim.socket) as asking:
+            return _Kept(record, claim, announce).served(serve, asking)
+    finally:
+        claim.release()
+
+
+def run_background(serve: Serve, record: Record, claim: Claim) -> Record:
+    """Start a daemon that serves; give its record when the mount answers, or raise what the daemon says went wrong.
+
+    From then on the claim is the daemon's.
+    """
+    try:
+        told, tell = os.pipe()
+        # Forked twice: whoever called us may live on, and must not have to wait for a child that it knows nothing of.
+        child = os.fork()
+    except OSError as error:
+        message = f"cannot start a daemon for {record.mountpoint}: {error.strerror}"
+        raise MachineError(message) from error
+    if child == 0:
+        os.close(told)  # or nobody would see that the reader is gone
+        _fork_daemon(serve, record, claim, tell)
+    os.close(tell)
+    try:
+        with os.fdopen(told, "rb") as pipe:
+            os.waitpid(child, 0)
+            # Without readiness the pipe ends with the daemon, so that nothing of it is left when we say so.
+            answer = pipe.readline()
+            if answer == b"ready\n":
+                return claim.read() or record
+            pipe.read()
+        if answer:
+            raise MachineError(answer.decode(errors="surrogateescape").rstrip("\n"))
+        message = f"the daemon for {record.mountpoint} died before the mount answered"
+        raise MachineError(message)
+    finally:
+        claim.hand_over()
+
+
+def _fork_daemon(serve: Serve, record: Record, claim: Claim, tell: int) -> NoReturn:
+    """Be the process between the command and the daemon, for a moment."""
+    status = 0
+    try:
+        if os.fork() == 0:
+            _daemon(serve, record, claim, tell)
+    except OSError as error:
+        status = MachineError.exit_code
+        os.write(
+            tell, f"cannot start a daemon for {record.mountpoint}: {error.strerror}\n".encode(errors="surrogateescape")
+        )
+    finally:
+        os._exit(status)
+
+
+def _daemon(serve: Serve, record: Record, claim: Claim, tell: int) -> NoReturn:
+    """Be the daemon; never returns. What goes wrong before readiness is told through the pipe, later into the log."""
+    status = 0
+    try:
+        os.setsid()
+        os.chdir("/")
+        _close_inherited(keep=(tell,))
+        log_to_background(claim.log)
+        null = os.open(os.devnull, os.O_RDWR)
+        # libfuse says on stderr why a mount failed; let it until that is decided.
+        for stream in (0, 1):
+            os.dup2(null, stream)
+
+        def announce() -> None:
+            os.dup2(null, 2)
+            try:
+                os.write(tell, b"ready\n")
+            except BrokenPipeError:
+                message = f"the command that was to mount {record.mountpoint} was ended before it did"
+                raise MachineError(message) from None
+            os.close(tell)
+
+        with listening(claim.socket) as asking:
+            _Kept(record, claim, announce).served(serve, asking)
+    except OcifsError as error:
+        status = error.exit_code
+        _log.error("%s", error)
+        with contextlib.suppress(OSError):
+            os.write(tell, f"{error}\n".encode(errors="surrogateescape"))
+    except BaseException:  # noqa: BLE001 (nothing may return into the parent's code)
+        status = 70  # EX_SOFTWARE in sysexits.h: a bug
+        _log.exception("the daemon ended in a way that was not foreseen")
+    finally:
+        claim.release(keep_log=status != 0)
+        logging.shutdown()
+        # Not sys.exit: nothing of the parent's (its atexit functions, its buffers) may run in the child.
+        os._exit(status)
+
+
+def _close_inherited(keep: Sequence[int]) -> None:
+    """Close what whoever ran us had open and left to us: a lock, a pipe that somebody reads to its end.
+
+    Python opens everything close-on-exec, so what is not is not ours.
+    """
+    for name in os.listdir("/proc/self/fd"):
+        fd = int(name)
+        with contextlib.suppress(OSError):
+            if fd > 2 and fd not in keep and os.get_inheritable(fd):  # noqa: PLR2004 (beyond the standard streams)
+                os.close(fd)
+
+
+def now_ns() -> int:
+    """Nanoseconds since the epoch, for `Record.started_ns`."""
+    return time.time_ns()

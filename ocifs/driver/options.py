@@ -1,0 +1,44 @@
+"""Mount options (``-o``): which make sense, which are in force, and how libfuse is told.
+
+Not here: how the kernel's EROFS is told (`ocifs.kernel`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ocifs.errors import UsageError
+
+_OPPOSITES = {"suid": "nosuid", "dev": "nodev", "exec": "noexec", "atime": "noatime"}
+FUSE_ONLY = frozenset({"allow_other", "allow_root", "auto_unmount", "default_permissions"})
+_KNOWN = frozenset({*_OPPOSITES, *_OPPOSITES.values(), *FUSE_ONLY, "ro", "nonempty"})
+_SENSELESS = frozenset({"rw", "async", "sync", "remount", "bind", "lazytime"})
+ALWAYS = ("nosuid", "nodev")
+"""Unless told otherwise: an image is somebody else's, and browsing it needs neither."""
+
+
+def check_options(words: Sequence[str]) -> tuple[str, ...]:
+    """Give the mount options in force: the user's (``-o``), after our defaults. `UsageError` for one that cannot work."""
+    options = dict.fromkeys(ALWAYS)
+    for word in words:
+        if word in _SENSELESS:
+            message = f"the option {word!r} makes no sense for an image, which is read-only"
+            raise UsageError(message)
+        if word not in _KNOWN:
+            message = f"the option {word!r} is not known; known are {', '.join(sorted(_KNOWN))}"
+            raise UsageError(message)
+        opposite = _OPPOSITES.get(word) or next((name for name, no in _OPPOSITES.items() if no == word), "")
+        options.pop(opposite, None)
+        options[word] = None
+    return tuple(options)
+
+
+def libfuse_options(options: Sequence[str], reference: str) -> set[str]:
+    """Say options that `check_options` gave in libfuse's words, and ours with them."""
+    # A comma separates options; libfuse takes a backslash to mean the next character itself (lib/fuse_opt.c).
+    shown = reference.encode(errors="surrogateescape").decode("ascii", errors="backslashreplace")
+    shown = shown.replace("\\", "\\\\").replace(",", "\\,")
+    ours = {"ro", "default_permissions", "subtype=ocifs", f"fsname={shown}"}
+    # libfuse mounts nosuid and nodev unless told otherwise (lib/mount.c) and does not know atime, which is the kernel's
+    # default; the place was checked for being empty already.
+    return ours | {option for option in options if option not in {"atime", "nonempty"}}

@@ -1,0 +1,117 @@
+"""The two drivers: what each serves, mounts and unmounts around a FUSE session."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ocifs import kernel
+from ocifs.devices import DeviceFile
+from ocifs.driver.options import libfuse_options
+from ocifs.driver.session import Keeper, Session, Statistics, detach_moved, in_thread, raise_readahead
+from ocifs.mountinfo import MountEntry, mount_of
+from ocifs.rootfs import RootFS
+from ocifs.spans import SpanReader
+
+if TYPE_CHECKING:
+    from ocifs.fuse import Adapter, DeviceAdapter
+
+
+def serve_fuse(
+    trees: Sequence[RootFS], mountpoint: Path, options: Sequence[str], reference: str, keeper: Keeper
+) -> None:
+    """Serve ``trees`` at ``mountpoint`` until the mount ends. Ready is when a stat(2) was answered.
+
+    Raises `MachineError` if mounting fails.
+    """
+    from ocifs.fuse import Adapter  # noqa: PLC0415
+
+    adapter, spans = Adapter(trees), [tree.spans for tree in trees]
+
+    def prove() -> None:
+        raise_readahead(os.stat(mountpoint).st_dev)
+
+    async def begin() -> None:
+        keeper.attached(session.device)
+        await in_thread(prove)
+        keeper.ready()
+
+    async def end() -> None:
+        pass  # pyfuse3 unmounts
+
+    session = Session(
+        adapter,
+        mountpoint,
+        begin,
+        end,
+        decoding=lambda: any(reader.decoding() for reader in spans),
+        statistics=lambda: _statistics(adapter, spans),
+        asking=keeper.asking,
+    )
+    session.run(libfuse_options(options, reference))
+
+
+def serve_erofs(
+    files: Sequence[DeviceFile],
+    spans: Sequence[SpanReader],
+    mountpoint: Path,
+    private: Path,
+    options: Sequence[str],
+    keeper: Keeper,
+) -> None:
+    """Mount EROFS at ``mountpoint``, its files served by us at ``private``; serve until the mount ends.
+
+    ``private`` is an empty directory of ours; it is in use only until EROFS is mounted. ``spans`` is what the files are
+    read through. Raises `MachineError` if the kernel refuses.
+    """
+    from ocifs.fuse import DeviceAdapter  # noqa: PLC0415
+
+    adapter = DeviceAdapter(files)
+    ours: MountEntry | None = None
+
+    def mount() -> None:
+        nonlocal ours
+        raise_readahead(session.device)
+        names = [os.fsencode(private / str(number)) for number in range(len(files))]
+        device = kernel.mount_erofs(
+            names[0], names[1:], os.fsencode(mountpoint), attributes=options, attaching=keeper.attached
+        )
+        ours = mount_of(device)
+        kernel.unmount(os.fsencode(private), flags=kernel.MNT_DETACH)
+        raise_readahead(device)
+
+    def unmount() -> None:
+        # Whoever still uses the mount keeps it, but loses us: what the kernel has not cached cannot be read from then on.
+        detach_moved(ours)
+
+    async def begin() -> None:
+        await in_thread(mount)
+        keeper.ready()
+
+    async def end() -> None:
+        await in_thread(unmount)
+
+    session = Session(
+        adapter,
+        private,
+        begin,
+        end,
+        decoding=lambda: any(reader.decoding() for reader in spans),
+        statistics=lambda: _statistics(adapter, spans),
+        asking=keeper.asking,
+    )
+    session.run({"ro", "nosuid", "nodev", "noexec", "subtype=ocifs-devices", "fsname=ocifs"})
+
+
+def _statistics(adapter: Adapter | DeviceAdapter, spans: Sequence[SpanReader]) -> Statistics:
+    """Count over all trees; a cache that they share counts once."""
+    caches = {id(reader.cache): reader.cache for reader in spans}.values()
+    return {
+        "errors": adapter.errors,
+        "decoded_spans": sum(reader.decoded_spans for reader in spans),
+        "decoded_bytes": sum(reader.decoded_bytes for reader in spans),
+        "cached_bytes": sum(cache.size for cache in caches),
+        "cache_limit_bytes": sum(cache.limit for cache in caches),
+    }

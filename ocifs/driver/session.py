@@ -1,0 +1,295 @@
+"""One FUSE session: mounted, served in an event loop, ended by a signal or because its mount is gone.
+
+Here are the traps of serving with pyfuse3 in one process (blocking reads, signals, memory); what is served, and what is
+mounted over it, is the caller's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import select
+import signal
+import socket
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from ocifs import kernel
+from ocifs.errors import MachineError, OcifsError
+from ocifs.mountinfo import MountEntry, mount_of, mounted_at
+
+if TYPE_CHECKING:
+    import pyfuse3
+    import trio
+
+_log = logging.getLogger(__name__)
+
+READAHEAD = 1024
+"""KiB that the kernel may read ahead on our mounts, where we may say so: 1 MiB, the largest FUSE request. Default: 128."""
+
+
+class Waits:
+    """What happens when the loop waits for requests: it spins first, if that pays, and it bounds a read that would hang.
+
+    It is a trio Instrument (trio.abc.Instrument; the loop calls it around every wait).
+
+    *Spinning.* A program that walks a tree sends its next request microseconds after our answer, but falling asleep in
+    epoll and being woken again takes longer than the work: polling the FUSE descriptor for a moment instead made
+    open+read+close of small files 1.7 times as fast and sequential reading twice. So before the loop goes to sleep it polls
+    for up to `SPIN`, provided that the last wait was a short one: then requests are keeping coming. An idle daemon never
+    spins, for the wait before was long; nor does one with a single CPU, where spinning keeps the very program from running
+    that should send the request; nor while a span is being decoded, which needs the CPU more.
+
+    *Guarding.* pyfuse3 waits until the FUSE descriptor is readable and then reads it, blocking, with the GIL held. If a
+    reader is killed between the two, its request is gone, and every thread of this process stands still until somebody
+    sends another one: for ever, if everybody else waits for a decode. O_NONBLOCK is no way out (pyfuse3 takes EAGAIN for
+    the end), but EINTR is: it makes pyfuse3 wait again. So while the loop is awake an interval timer is armed, whose
+    SIGALRM does nothing but interrupt. Going to sleep disarms it: an idle daemon takes no signals. The two setitimer(2)
+    calls take 1 µs a wake-up.
+    """
+
+    GUARD = 0.05
+    """Seconds a read can hang: far above what a wake-up takes, and short enough that nobody notices."""
+    SPIN = 50e-6
+    """Seconds of polling: a program that reads small files comes back after 10 to 30 µs."""
+    BUSY = 250e-6
+    """Seconds: a wait shorter than this means that requests keep coming."""
+
+    def __init__(self, decoding: Callable[[], bool]) -> None:
+        """Do not spin while ``decoding`` says that worker threads have work."""
+        self._decoding = decoding
+        self._poll = select.poll()
+        self._can_spin = len(os.sched_getaffinity(0)) > 1
+        self._slept = 0.0
+        self._busy = False
+
+    def watch(self, fd: int) -> None:
+        """Spin on this descriptor: the session's."""
+        self._poll.register(fd, select.POLLIN)
+
+    def before_io_wait(self, timeout: float) -> None:
+        """Spin, then disarm the guard if there is nothing to do."""
+        if timeout <= 0:
+            return
+        now = self._slept = time.perf_counter()
+        if self._busy and self._can_spin and not self._decoding():
+            poll, end = self._poll.poll, now + self.SPIN
+            while time.perf_counter() < end:
+                if poll(0):
+                    return
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def after_io_wait(self, timeout: float) -> None:
+        """Arm the guard, and remember whether the wait was a short one."""
+        signal.setitimer(signal.ITIMER_REAL, self.GUARD, self.GUARD)
+        if timeout > 0:
+            self._busy = time.perf_counter() - self._slept < self.BUSY
+
+
+_M_MMAP_THRESHOLD = -3  # malloc.h
+_LARGE = 256 << 10
+
+
+def _give_back_spans() -> None:
+    """Have malloc take every decoded span from the system and give it back when it is evicted.
+
+    Left to itself glibc raises its threshold with the first span that is freed, keeps the following ones in the heaps of
+    the decoding threads, and ends with twice the cache's bound in memory. Other C libraries have no such knob.
+    """
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE)
+
+
+def _session_fd() -> int:
+    """The descriptor of the FUSE session; pyfuse3 keeps it to itself."""
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            if os.readlink(f"/proc/self/fd/{name}") == "/dev/fuse":
+                return int(name)
+    message = "the FUSE session has no descriptor"
+    raise MachineError(message)
+
+
+Statistics = dict[str, int]
+"""What a mount has done so far, by name; counters unless the name says otherwise."""
+
+
+@dataclass(frozen=True)
+class Keeper:
+    """Whoever keeps a mount, as far as a session has to tell it things."""
+
+    attached: Callable[[int], None]
+    """Called with the mount's st_dev as soon as it is known: before anybody can see the mount, or just after."""
+    ready: Callable[[], None]
+    """Called once the mount answers. What it raises ends the mount."""
+    asking: socket.socket | None = None
+    """Listens for those who want `Statistics`: each that connects is sent them as JSON."""
+
+
+class Session:
+    """One FUSE session: mounts ``adapter`` on ``place`` and serves it until the mount goes or a signal comes.
+
+    ``begin`` runs once requests are served; what it raises ends the session and is raised by `run`. ``end`` runs when a
+    signal asks us to go, or ``begin`` has failed, before the session is closed. ``decoding`` says whether worker threads
+    have work. SIGUSR1 logs what ``statistics`` gives.
+    """
+
+    def __init__(
+        self,
+        adapter: pyfuse3.Operations,
+        place: Path,
+        begin: Callable[[], Awaitable[None]],
+        end: Callable[[], Awaitable[None]],
+        *,
+        decoding: Callable[[], bool],
+        statistics: Callable[[], Statistics],
+        asking: socket.socket | None = None,
+    ) -> None:
+        self._adapter = adapter
+        self._place = place
+        self._begin = begin
+        self._end = end
+        self._decoding = decoding
+        self._statistics = statistics
+        self._asking = asking
+        self.device = 0
+        """The FUSE mount's st_dev."""
+        self._failed: OcifsError | None = None
+
+    def run(self, options: set[str]) -> None:
+        """Mount with ``options``, serve, unmount. Raises `MachineError` if mounting fails."""
+        import pyfuse3  # noqa: PLC0415 (only what mounts may need FUSE)
+        import trio  # noqa: PLC0415
+
+        class Waiting(Waits, trio.abc.Instrument):
+            pass
+
+        signal.signal(signal.SIGALRM, lambda *_: None)
+        _give_back_spans()
+        # A signal between mounting and listening would end us without unmounting: let it wait.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _ending_signals())
+        # Once we are ending, which must happen in order, another one means nothing. To block it would not do: the system
+        # would give it to a worker thread.
+        for number in {*_ending_signals(), signal.SIGUSR1}:
+            signal.signal(number, lambda *_: None)
+        try:
+            pyfuse3.init(self._adapter, str(self._place), options)
+        except RuntimeError as error:
+            message = f"mounting on {self._place} failed ({error}); 'ocifs doctor' says what this machine lacks"
+            raise MachineError(message) from error
+        ours = mounted_at(self._place)
+        self.device = ours.device if ours else 0
+        waiting = Waiting(self._decoding)
+        try:
+            waiting.watch(_session_fd())
+            trio.run(self._serve, instruments=[waiting])
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            # libfuse unmounts by name. After a lazy unmount something else may be mounted there by now; after a parent
+            # directory was renamed the mount is elsewhere.
+            here = mounted_at(self._place) == ours
+            if not here:
+                detach_moved(ours)
+            pyfuse3.close(unmount=here)
+        if self._failed is not None:
+            raise self._failed
+
+    async def _serve(self) -> None:
+        import pyfuse3  # noqa: PLC0415
+        import trio  # noqa: PLC0415
+
+        async with trio.open_nursery() as nursery:
+            listening, begun = trio.Event(), trio.Event()
+            nursery.start_soon(self._obey, listening, begun)
+            await listening.wait()
+            nursery.start_soon(self._start, begun)
+            nursery.start_soon(self._log_statistics)
+            if self._asking is not None:
+                nursery.start_soon(self._answer, self._asking)
+            # Each worker beyond the first is started under load and takes a 1 MiB buffer; have some from the start.
+            await pyfuse3.main(min_tasks=8)
+            nursery.cancel_scope.cancel()
+
+    async def _obey(self, listening: trio.Event, begun: trio.Event) -> None:
+        """End the session when a signal asks for it."""
+        import pyfuse3  # noqa: PLC0415
+        import trio  # noqa: PLC0415
+
+        with trio.open_signal_receiver(*_ending_signals()) as received:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _ending_signals())
+            listening.set()
+            async for number in received:
+                _log.info("ending on %s", signal.Signals(number).name)
+                # What has begun asks us things, and must not be left without an answer.
+                await begun.wait()
+                await self._end()
+                pyfuse3.terminate()
+                return
+
+    async def _log_statistics(self) -> None:
+        import trio  # noqa: PLC0415
+
+        with trio.open_signal_receiver(signal.SIGUSR1) as received:
+            async for _ in received:
+                _log.warning("%s", ", ".join(f"{name} {value}" for name, value in self._statistics().items()))
+
+    async def _answer(self, asking: socket.socket) -> None:
+        """Send statistics to whoever connects. They fit the socket's buffer, so nobody can keep us waiting."""
+        import trio  # noqa: PLC0415
+
+        while True:
+            await trio.lowlevel.wait_readable(asking)
+            with contextlib.suppress(OSError), asking.accept()[0] as one:
+                one.setblocking(False)  # noqa: FBT003  (its only signature)
+                one.send(msgspec.json.encode(self._statistics()))
+
+    async def _start(self, begun: trio.Event) -> None:
+        import pyfuse3  # noqa: PLC0415
+
+        try:
+            await self._begin()
+        except OcifsError as error:
+            self._failed = error
+        except OSError as error:
+            self._failed = MachineError(f"the mount on {self._place} did not answer: {error.strerror}")
+        finally:
+            begun.set()
+        if self._failed is not None:
+            await self._end()  # it may have got far
+            pyfuse3.terminate()
+
+
+def detach_moved(ours: MountEntry | None) -> None:
+    """Take a mount down where it is now, if it still is somewhere."""
+    moved = mount_of(ours.device) if ours is not None else None
+    if moved is not None and ours is not None and moved.number == ours.number:
+        with contextlib.suppress(OcifsError):  # not root: who unmounts it finds it dead
+            kernel.unmount(moved.mountpoint, flags=kernel.MNT_DETACH)
+
+
+def _ending_signals() -> set[signal.Signals]:
+    """What asks a mount to end; what whoever started us had ignored (as nohup(1) does) stays so."""
+    asking = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+    return {number for number in asking if signal.getsignal(number) is not signal.SIG_IGN}
+
+
+async def in_thread(function: Callable[..., object], *arguments: object) -> None:
+    """Do what makes the kernel ask us something in return."""
+    import trio  # noqa: PLC0415
+
+    # Abandoned if the session ends: then nobody is left to answer what the thread may be waiting for.
+    await trio.to_thread.run_sync(lambda: function(*arguments), abandon_on_cancel=True)
+
+
+def raise_readahead(device: int) -> None:
+    """Let the kernel read further ahead on the file system with this st_dev, if we may."""
+    path = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")
+    with contextlib.suppress(OSError):  # not root, or no such knob: slower, not wrong
+        path.write_text(f"{READAHEAD}\n")
