@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from ocifs.changes.merged import Gone, Present
-from ocifs.changes.upper import OF_THIS_MACHINE, Entry
+from ocifs.changes.upper import OF_THIS_MACHINE, Entry, data_runs
+from ocifs.rootfs import PIECE_SIZE
 from ocifs.tree import Kind
 
 if TYPE_CHECKING:
@@ -130,13 +131,31 @@ def _same_data(merged: Merged, step: Present) -> bool:
             bytes(one) == bytes(view.read_blocking(image, offset, len(one)))
             for offset, one in _placed(view.pieces(other))
         )
-    with merged.opened(step) as fd:
-        return all(bytes(data) == os.pread(fd, len(data), offset) for offset, data in _placed(view.pieces(image)))
-
-
-def _placed(pieces: Iterator[bytes | memoryview]) -> Iterator[tuple[int, bytes | memoryview]]:
-    """Pieces of a file, each with its offset."""
     offset = 0
+    with merged.opened(step) as fd:
+        for extent in view.tree.extents(image, 0, view.inode(image).size):
+            if extent.layer:
+                pieces = view.pieces(image, start=offset, size=extent.size)
+                same = all(bytes(data) == os.pread(fd, len(data), at) for at, data in _placed(pieces, offset))
+            else:
+                same = _all_zeros(fd, offset, offset + extent.size)
+            if not same:
+                return False
+            offset += extent.size
+    return True
+
+
+def _all_zeros(fd: int, start: int, end: int) -> bool:
+    """Whether a part of a file reads as a hole does; holes in it, however large, take no time."""
+    return not any(
+        any(os.pread(fd, min(PIECE_SIZE, stop - at), at))
+        for begin, stop in data_runs(fd, start, end)
+        for at in range(begin, stop, PIECE_SIZE)
+    )
+
+
+def _placed(pieces: Iterator[bytes | memoryview], offset: int = 0) -> Iterator[tuple[int, bytes | memoryview]]:
+    """Pieces of a file from ``offset`` on, each with its own."""
     for piece in pieces:
         yield offset, piece
         offset += len(piece)

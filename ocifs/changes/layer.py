@@ -25,8 +25,9 @@ import zstandard
 
 from ocifs import archive, members
 from ocifs.changes.merged import Gone, Opaque, Present
-from ocifs.changes.upper import Entry, signature
+from ocifs.changes.upper import Entry, data_runs, signature
 from ocifs.errors import UnsupportedError
+from ocifs.sources.blob import shown
 from ocifs.spec import DiffID, Digest, MediaType
 from ocifs.tree import Kind
 
@@ -169,12 +170,12 @@ class LayerWriter:
         """Write everything, the archive's end included. Errors as `Merged.steps`, and UnsupportedError as said above."""
         for step in self._merged.steps():
             if isinstance(step, Opaque):
-                self._marker(_join(step.path, OPAQUE_MARKER))
+                self._marker(os.path.join(step.path, OPAQUE_MARKER))
             elif isinstance(step, Gone):
                 if not step.hidden:
-                    directory, name = _split(step.path)
+                    directory, name = os.path.split(step.path)
                     _refuse_marker(step.path)
-                    self._marker(_join(directory, WHITEOUT + name))
+                    self._marker(os.path.join(directory, WHITEOUT + name))
             else:
                 _refuse_marker(step.path)
                 if isinstance(step.source, Entry):
@@ -190,9 +191,7 @@ class LayerWriter:
 
     def _present(self, step: Present, entry: Entry) -> None:
         for name in entry.left_out:
-            self._warn(
-                step.path, f"its attribute {name.decode(errors='backslashreplace')} is overlayfs's to every reader"
-            )
+            self._warn(step.path, f"its attribute {shown(name)} is overlayfs's to every reader")
         if entry.kind is None:
             self._warn(step.path, "a layer cannot hold a socket")
             return
@@ -232,15 +231,15 @@ class LayerWriter:
         for name, value in xattrs:
             if b"=" in name:
                 raise UnsupportedError(
-                    f"{_shown(path)} has an attribute with = in its name, {_text(name)}, which no layer can carry: "
+                    f"{shown(b'/' + path)} has an attribute with = in its name, {shown(name)}, which no layer can carry: "
                     "remove it (setfattr -x)"
                 )
             if not value:
-                self._warn(path, f"its attribute {_text(name)} has no value, which a layer cannot say")
+                self._warn(path, f"its attribute {shown(name)} has no value, which a layer cannot say")
         if sum(len(name) + len(value) for name, value in xattrs) > _MAX_ATTRIBUTES:
             raise UnsupportedError(
-                f"{_shown(path)} has more than {_MAX_ATTRIBUTES} bytes of attributes, which no reader of layers takes: "
-                "remove some (setfattr -x)"
+                f"{shown(b'/' + path)} has more than {_MAX_ATTRIBUTES} bytes of attributes, which no reader of layers "
+                "takes: remove some (setfattr -x)"
             )
         return tuple((name, value) for name, value in xattrs if value)
 
@@ -273,20 +272,10 @@ class LayerWriter:
 
 def _segments(fd: int, size: int) -> list[tuple[int, int]] | None:
     """Where a file has data, small holes counted as such; None if it has none that are worth it."""
-    runs: list[tuple[int, int]] = []
-    end = 0
-    while end < size:
-        try:
-            start = os.lseek(fd, end, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno == errno.ENXIO:  # nothing but a hole from here to the end
-                break
-            raise
-        end = min(os.lseek(fd, start, os.SEEK_HOLE), size)
-        runs.append((start, end))
     least = _LEAST_HOLE
     if size < least:
         return None
+    runs = list(data_runs(fd, 0, size))
     joined = _joined(runs, size, least)
     while len(joined) > _MAX_SEGMENTS:
         least *= 2
@@ -321,25 +310,8 @@ def _pieces(fd: int, start: int, size: int) -> Iterator[bytes]:
 
 
 def _refuse_marker(path: bytes) -> None:
-    if _split(path)[1].startswith(WHITEOUT):
+    if os.path.basename(path).startswith(WHITEOUT):
         raise UnsupportedError(
-            f"{_shown(path)} is called as the markers of layers are (.wh.), so no layer can carry it: rename or remove it"
+            f"{shown(b'/' + path)} is called as the markers of layers are (.wh.), so no layer can carry it: "
+            "rename or remove it"
         )
-
-
-def _split(path: bytes) -> tuple[bytes, bytes]:
-    directory, _, name = path.rpartition(b"/")
-    return directory, name
-
-
-def _join(directory: bytes, name: bytes) -> bytes:
-    return directory + b"/" + name if directory else name
-
-
-def _shown(path: bytes) -> str:
-    return "/" + _text(path)
-
-
-def _text(name: bytes) -> str:
-    text = name.decode("utf-8", "backslashreplace")
-    return text if text.isprintable() else ascii(text)[1:-1]

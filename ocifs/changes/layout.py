@@ -34,7 +34,8 @@ from ocifs.compression import HEAD_SIZE, Compression, detect
 from ocifs.errors import DamagedError, MachineError, UnsupportedError, UsageError
 from ocifs.reference import Reference, Scheme
 from ocifs.sources import stored_pieces
-from ocifs.spec import Digest, Index, MediaType, parse_document, printable
+from ocifs.sources.blob import shown
+from ocifs.spec import Digest, Index, MediaType, parse_document
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -98,7 +99,7 @@ class LayoutWriter:
             self._made = _make_directory(path)
         with self._sentence("write to", path), self._locked():
             if not _is_layout(path) and not all(name.startswith(_STAGING) for name in os.listdir(path)):
-                raise UsageError(f"{_shown(path)} is neither an OCI layout nor an empty directory")
+                raise UsageError(f"{shown(path)} is neither an OCI layout nor an empty directory")
             self._sweep()
             os.mkdir(self._staging, 0o700)
             self._lock = os.open(self._staging, _DIRECTORY)
@@ -223,7 +224,7 @@ class LayoutWriter:
         except FileNotFoundError:
             return {"schemaVersion": 2, "mediaType": str(MediaType.OCI_INDEX)}
         if len(raw) > _MAX_INDEX or not isinstance(parse_document(raw, MediaType.OCI_INDEX), Index):
-            raise DamagedError(f"{_shown(path)} is not an image index, so no image can be added to it")
+            raise DamagedError(f"{shown(path)} is not an image index, so no image can be added to it")
         index: Json = json.loads(raw)
         return index
 
@@ -264,7 +265,7 @@ class LayoutWriter:
         try:
             yield
         except OSError as error:
-            raise MachineError(f"cannot {doing} {_shown(path)}: {error.strerror}") from error
+            raise MachineError(f"cannot {doing} {shown(path)}: {error.strerror}") from error
 
 
 class NewBlob:
@@ -324,7 +325,7 @@ def _make_directory(path: bytes) -> bool:
         os.mkdir(path)
     except FileExistsError:
         if not os.path.isdir(path):
-            raise UsageError(f"{_shown(path)} is no directory, so no OCI layout can be there") from None
+            raise UsageError(f"{shown(path)} is no directory, so no OCI layout can be there") from None
         return False
     return True
 
@@ -339,7 +340,3 @@ def _sync_directory(path: bytes) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def _shown(path: bytes) -> str:
-    return printable(os.fsdecode(path))

@@ -31,6 +31,7 @@ import msgspec
 from ocifs.changes.upper import Entry, Upper
 from ocifs.errors import UnsupportedError
 from ocifs.rootfs import RootFS
+from ocifs.sources.blob import shown
 from ocifs.tree import Kind
 
 if TYPE_CHECKING:
@@ -176,7 +177,7 @@ class Merged:
             return None
         if entry.notes.indexed:
             raise UnsupportedError(
-                f"{_shown(level.prefix + name)} has further names in the image that changed with it (the overlay was "
+                f"{shown(b'/' + level.prefix + name)} has further names in the image that changed with it (the overlay was "
                 "mounted with index=on), which its upper directory does not tell: replace it by a copy of itself there, "
                 "or mount with index=off"
             )
@@ -185,7 +186,7 @@ class Merged:
         found = self._lower(level, name, entry)
         if found is None or self.view.inode(found).kind is not Kind.FILE:
             raise UnsupportedError(
-                f"{_shown(level.prefix + name)} has its attributes in the upper directory and its data in another "
+                f"{shown(b'/' + level.prefix + name)} has its attributes in the upper directory and its data in another "
                 "image than this one (metacopy=on): give the image that the overlay was mounted over"
             )
         return found
@@ -200,8 +201,8 @@ class Merged:
             found = self._lookup(found, part) if part and part not in _DOTS else None
         if found is None:
             raise UnsupportedError(
-                f"{_shown(level.prefix + name)} was renamed from {_shown(redirect)} (redirect_dir=on), which this image "
-                "does not have: give the image that the overlay was mounted over"
+                f"{shown(b'/' + level.prefix + name)} was renamed from {shown(redirect)} (redirect_dir=on), which this "
+                "image does not have: give the image that the overlay was mounted over"
             )
         return found
 
@@ -223,8 +224,3 @@ class Merged:
 
 def _kind(view: RootFS, source: Entry | int) -> Kind | None:
     return view.inode(source).kind if isinstance(source, int) else source.kind
-
-
-def _shown(path: bytes) -> str:
-    text = "/" + path.decode("utf-8", "backslashreplace").lstrip("/")
-    return text if text.isprintable() else ascii(text)[1:-1]

@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple, NoReturn, Self
 import msgspec
 
 from ocifs.errors import BusyError, MachineError, NotFoundError
+from ocifs.sources.blob import shown
 from ocifs.tree import Kind
 
 if TYPE_CHECKING:
@@ -127,14 +128,14 @@ class Upper:
         self._namespace = namespace
         if namespace is Namespace.TRUSTED and not _sees_trusted():
             raise MachineError(
-                f"the notes of overlayfs in {_shown(path)} (trusted.overlay.*) can be seen by root only: run this as root"
+                f"the notes of overlayfs in {shown(path)} (trusted.overlay.*) can be seen by root only: run this as root"
             )
         try:
             self._fd = os.open(path, _DIRECTORY & ~os.O_NOFOLLOW)
         except FileNotFoundError:
-            raise NotFoundError(f"there is no upper directory {_shown(path)}") from None
+            raise NotFoundError(f"there is no upper directory {shown(path)}") from None
         except OSError as error:
-            raise MachineError(f"cannot open the upper directory {_shown(path)}: {error.strerror}") from error
+            raise MachineError(f"cannot open the upper directory {shown(path)}: {error.strerror}") from error
         try:
             self.top = self._entry(b"/proc/self/fd/%d/." % self._fd, os.fstat(self._fd))
         except BaseException:
@@ -259,7 +260,7 @@ class Upper:
 
     def _where(self, name: bytes) -> str:
         names = [level.name for level in self._levels[1:]] + ([] if name == b"." else [name])
-        return _shown(b"/".join([self.path, *names]))
+        return shown(b"/".join([self.path, *names]))
 
     @contextmanager
     def _sentence(self, doing: str, name: bytes) -> Iterator[None]:
@@ -284,6 +285,21 @@ def signature(status: os.stat_result) -> tuple[int, ...]:
     )
 
 
+def data_runs(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """The (start, stop) of what of an open file is no hole, between two offsets."""
+    while start < end:
+        try:
+            start = os.lseek(fd, start, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # nothing but a hole from here to the end
+                return
+            raise
+        if start < end:
+            stop = min(os.lseek(fd, start, os.SEEK_HOLE), end)
+            yield start, stop
+            start = stop
+
+
 def _listxattr(path: bytes) -> list[str]:
     try:
         return os.listxattr(path, follow_symlinks=False)
@@ -300,8 +316,3 @@ def _sees_trusted() -> bool:
     with open("/proc/self/uid_map", "rb") as mapped:
         outermost = [int(number) for number in mapped.read().split()] == [0, 0, _ALL_IDS]
     return bool(effective >> _CAP_SYS_ADMIN & 1) and outermost
-
-
-def _shown(path: bytes) -> str:
-    text = os.fsdecode(path)
-    return text if text.isprintable() else ascii(text)[1:-1]
