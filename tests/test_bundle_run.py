@@ -14,7 +14,7 @@ import pytest
 
 from ocifs.daemon import runtime_dir
 from tests.support.containers import needs_containers, ocifs_run, running, write_image
-from tests.support.mounting import LIMIT, Process, environment, ocifs, patched, run
+from tests.support.mounting import LIMIT, Process, environment, ocifs, patched, records, run
 from tests.support.tarball import entry
 
 if TYPE_CHECKING:
@@ -244,9 +244,10 @@ def test_who_lives_is_left_alone_by_the_next(image: str) -> None:
 
 def test_a_killed_daemon_ends_nothing_for_ever(image: str) -> None:
     with running([*ocifs_run(image), "/bin/sh", "-c", "echo up; cat; exit 4"], until="up") as container:
-        listed = [line for line in ocifs("ps").stdout.splitlines() if "/ocifs/containers/ocifs-" in line]
-        mine = [line for line in listed if f"/ocifs-{container.pid}-" in line]
-        daemon = Process(int(mine[0].split()[4]))
+        here = f"/containers/ocifs-{container.pid}-"
+        # A device number is used again: the record of a killed daemon may name the same place.
+        (pid,) = [one["pid"] for one in records() if here in one["mountpoint"] and one["state"] == "live"]
+        daemon = Process(pid)
         daemon.signal(signal.SIGKILL)
         assert daemon.gone()
         daemon.close()
