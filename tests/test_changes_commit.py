@@ -16,6 +16,7 @@ import pytest
 from ocifs.changes.recipe import Change, Instruction, parse_change, rfc3339
 from ocifs.errors import UsageError
 from tests.support import mounting
+from tests.support.bolt import containerd_database
 from tests.support.command import OCIFS, Run, runner
 from tests.support.layout import (
     blob_path,
@@ -227,7 +228,7 @@ def test_times_have_the_digits_they_need() -> None:
 # -- where the base comes from -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", ["oci", "oci-archive", "docker-archive", "docker-archive.gz", "dir"])
+@pytest.mark.parametrize("form", ["oci", "oci-archive", "docker-archive", "docker-archive.gz", "dir", "containerd"])
 def test_every_form_of_image_can_be_the_base(run: Run, tmp_path: Path, upper: str, form: str) -> None:
     place = tmp_path / "image"
     if form == "oci":
@@ -236,6 +237,15 @@ def test_every_form_of_image_can_be_the_base(run: Run, tmp_path: Path, upper: st
         write_oci_archive(place, [ONE, TWO])
     elif form == "dir":
         write_dir(place, [ONE, TWO])
+    elif form == "containerd":
+        base = make_image([ONE, TWO])
+        blobs, meta = place / "io.containerd.content.v1.content/blobs/sha256", place / "io.containerd.metadata.v1.bolt"
+        blobs.mkdir(parents=True)
+        meta.mkdir()
+        for digest, data in base.blobs.items():
+            (blobs / digest.removeprefix("sha256:")).write_bytes(data)
+        named = (base.manifest["mediaType"], base.manifest_digest, len(base.manifest_raw))
+        (meta / "meta.db").write_bytes(containerd_database({"default": {"app": named}}))
     else:
         style, outer = ("stored", "gzip") if form.endswith("gz") else ("skopeo", "plain")
         write_docker_archive(place, [make_image([ONE, TWO])], style=style, outer=outer)
