@@ -64,11 +64,18 @@ def mount(
     unless -o allow_other is given. --examine, --layer and options that only FUSE knows (allow_other, allow_root,
     auto_unmount, default_permissions) are served by fuse; -v says why.
     """
-    wanted = choice.image_options()  # refused before anything else is done
+    words = [word for group in fuse_words for word in group.split(",") if word]
+    mount_on(choice, ref, directory, driver=driver, words=words, foreground=foreground)
+
+
+def mount_on(
+    choice: Choice, ref: str, directory: str, *, driver: str, words: Sequence[str], foreground: bool = False
+) -> None:
+    """Mount as the options say. Wrong words are refused before anything else is done."""
+    wanted = choice.image_options()
     cache_bytes = choice.cache_bytes()
     from ocifs.mount import reserve  # noqa: PLC0415 (only what mounts loads FUSE)
 
-    words = [word for group in fuse_words for word in group.split(",") if word]
     examining = wanted.examine or wanted.layer is not None
     with (
         reserve(Path(directory), wanted=driver, words=words, examining=examining) as place,
