@@ -116,6 +116,12 @@ def test_a_bundle_whose_image_is_gone_says_so(tmp_path: Path) -> None:
         assert "is not the image of this bundle any more, and sha256:" in done.stderr
 
 
+def test_a_bundle_says_itself_which_image_it_is_of(tmp_path: Path) -> None:
+    done = ocifs("diff-upper", "--upto", "1", tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "options that choose one need --image" in done.stderr
+
+
 def test_a_read_only_bundle_has_no_changes(tmp_path: Path) -> None:
     image, box = write_image(tmp_path / "image"), tmp_path / "box"
     with bundled(image, box, "--read-only"):

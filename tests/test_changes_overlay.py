@@ -51,6 +51,7 @@ BASE = tarball(
     entry("file", b"at the top\n", mtime="1600000010.123456789", xattrs={"user.note": b"\0note"}),
     entry("caps", b"\x7fELF", mtime=1_600_000_011, xattrs={"security.capability": CAPABILITY}, mode=0o755),
     entry("link", link="a", mtime=1_600_000_012),
+    entry("w" * 255, b"the longest name", mtime=1_600_000_013),
 )
 
 
@@ -229,6 +230,7 @@ def test_every_way_to_change_a_tree(ground: Ground, tmp_path: Path) -> None:
         Act("rename", (b"file", b"c/moved")),
         Act("chown", (b"c/dev", 4_000_000_000, 3_000_000)),
         Act("setxattr", (b"caps", b"user.more", b"\xff\n=")),
+        Act("unlink", (b"w" * 255,)),
         Act("mkdir", (long,)),
         Act("write", (long + b"/" + long, b"long")),
         Act("symlink", (b"t" * 300, b"pointer")),
@@ -297,6 +299,7 @@ def test_umoci_unpacks_what_the_overlay_showed(ground: Ground, tmp_path: Path) -
         Act("write", (b"new", b"new\n")),
         Act("link", (b"new", b"c/new")),
         Act("replace_tree", (b"b",)),
+        Act("unlink", (b"w" * 255,)),
         Act("unlink", (b"link",)),
         Act("mkdir", (b"link",)),
         Act("write", (b"link/x", b"")),

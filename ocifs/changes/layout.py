@@ -205,12 +205,14 @@ class LayoutWriter:
         """Put every blob in its place, then the tag. Nothing but a full disk or a damaged index can fail here."""
         with self._sentence("write to", self._path), self._locked():
             index = self._index()
+            blobs = os.path.join(self._path, _BLOBS)
+            _make_directory(blobs)
             for digest, path in self._staged.items():
-                _make_directory(os.path.join(self._path, _BLOBS))
                 _make_directory(os.path.dirname(self._blob_path(digest)))
                 os.replace(path, self._blob_path(digest))
-            for algorithm in {digest.algorithm.encode() for digest in self._staged}:
-                _sync_directory(os.path.join(self._path, _BLOBS, algorithm))
+            for directory in sorted({os.path.dirname(self._blob_path(digest)) for digest in self._staged}):
+                _sync_directory(directory)
+            _sync_directory(blobs)
             if not os.path.exists(os.path.join(self._path, _MARKER)):
                 self._replace(_MARKER, {"imageLayoutVersion": "1.0.0"})
             self._replace(_INDEX, {**index, "manifests": _tagged(index.get("manifests") or [], tag, descriptor)})

@@ -128,7 +128,8 @@ class Upper:
         self._namespace = namespace
         if namespace is Namespace.TRUSTED and not _sees_trusted():
             raise MachineError(
-                f"the notes of overlayfs in {shown(path)} (trusted.overlay.*) can be seen by root only: run this as root"
+                f"the notes of overlayfs in {shown(path)} (trusted.overlay.*) can be seen by root only: run this as root, "
+                "or say --userxattr if the overlay was mounted with that"
             )
         try:
             self._fd = os.open(path, _DIRECTORY & ~os.O_NOFOLLOW)
@@ -267,7 +268,7 @@ class Upper:
         try:
             yield
         except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ESTALE):
+            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENODATA, errno.ESTALE):
                 self.fail_changed(name)
             raise MachineError(f"cannot {doing} {self._where(name)}: {error.strerror}") from error
 

@@ -88,10 +88,13 @@ def _opened(choice: Choice, where: Where) -> Iterator[tuple[Image, Merged]]:
 def _opened_bundle(choice: Choice, directory: Path) -> Iterator[tuple[str, Image, RootFS]]:
     """A bundle's upper directory, and its image as it was when the bundle was made."""
     from ocifs.bundle import state as states  # noqa: PLC0415
+    from ocifs.image import ImageOptions  # noqa: PLC0415
     from ocifs.rootfs import view  # noqa: PLC0415
     from ocifs.spans import SpanCache  # noqa: PLC0415
     from ocifs.store import Store  # noqa: PLC0415
 
+    if choice.image_options() != ImageOptions():
+        raise UsageError("a bundle says itself which image it is of: options that choose one need --image")
     state = states.load(directory)
     if state.upper is None:
         raise UsageError(f"{directory} is read-only: nothing can have changed")
@@ -116,8 +119,8 @@ def _same_image(state: State, store: Store) -> Image:
     if parsed.upto is not None:
         by_digest += f"#{parsed.upto}"
     for text in (state.reference, by_digest):
-        with contextlib.suppress(NotFoundError), contextlib.ExitStack() as undo:
-            image = undo.enter_context(open_image(text, store, options))
+        with contextlib.suppress(NotFoundError), opt.new_progress() as progress, contextlib.ExitStack() as undo:
+            image = undo.enter_context(open_image(text, store, options, progress))
             found = image.resolved.image
             if str(found.manifest_digest or found.config_digest) == state.manifest:
                 undo.pop_all()
