@@ -24,16 +24,13 @@ from ocifs.cli.options import Choice
 from ocifs.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from typing import TypeVar
-
     from ocifs.bundle.state import State
     from ocifs.changes import Difference, Merged
     from ocifs.image import Image
     from ocifs.rootfs import RootFS
     from ocifs.store import Store
 
-    _F = TypeVar("_F", bound=Callable[..., Any])
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 _EPOCH: Final = "SOURCE_DATE_EPOCH"
 """https://reproducible-builds.org/specs/source-date-epoch/"""
