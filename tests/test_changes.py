@@ -179,15 +179,24 @@ def test_below_an_opaque_directory_nothing_is_marked_again(top: Top, image: Root
     assert lines(top, image) == ["D /lib/deep/x"]
 
 
-def test_an_empty_file_is_a_whiteout_where_its_directory_says_so(top: Top, image: RootFS) -> None:
+@pytest.mark.parametrize("marked", [True, False])
+def test_an_empty_file_with_a_note_is_a_whiteout(top: Top, image: RootFS, *, marked: bool) -> None:
     top.directory("etc")
-    for name in ("etc/conf", "etc/hosts"):
-        top.file(name)
-    top.note("etc/conf", "trusted.overlay.whiteout", b"y")
-    assert lines(top, image) == ["C /etc/conf", "C /etc/hosts"]
-    top.note("etc", "trusted.overlay.opaque", b"x")
-    assert lines(top, image) == ["D /etc/conf", "C /etc/hosts"]
-    assert names(layer(top, image)[0]) == [b"./", b"etc/", b"etc/.wh.conf", b"etc/hosts"]
+    for name, data in (("etc/conf", b""), ("etc/hosts", b""), ("etc/same", b"x")):
+        top.file(name, data)
+    for name in ("etc/conf", "etc/same"):
+        top.note(name, "trusted.overlay.whiteout", b"y")
+    if marked:
+        top.note("etc", "trusted.overlay.opaque", b"x")
+    assert lines(top, image) == ["D /etc/conf", "C /etc/hosts", "C /etc/same"]
+    assert names(layer(top, image)[0]) == [b"./", b"etc/", b"etc/.wh.conf", b"etc/hosts", b"etc/same"]
+
+
+def test_the_root_is_never_opaque(top: Top, image: RootFS) -> None:
+    top.directory("etc")
+    top.note(".", "trusted.overlay.opaque", b"y")
+    assert lines(top, image) == []
+    assert names(layer(top, image)[0]) == [b"./", b"etc/"]
 
 
 def test_notes_of_the_other_namespace_are_somebody_elses_words(top: Top, image: RootFS) -> None:

@@ -264,7 +264,9 @@ class LayerWriter:
         found = view.inode(ino)
         if found.kind is Kind.FILE:
             view.check_readable(ino)
-        first = None if found.kind is Kind.DIR else self._first_brought.setdefault(ino, path)
+        first = None
+        if found.nlink > 1 and found.kind is not Kind.DIR:
+            first = self._first_brought.setdefault(ino, path)
         member = members.member(view, path, ino, None if first == path else first)
         member = msgspec.structs.replace(member, mtime_ns=self._clamped(member.mtime_ns))
         members.write(view, ino, member, self._write)

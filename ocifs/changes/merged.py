@@ -104,10 +104,8 @@ class Merged:
         """
         top, root = self._upper.top, self.view.root
         yield Present(b"", top, root)
-        below = None if top.notes.opaque else root
-        levels = [self._level(b"", below, root, in_upper=True, hidden=below is None)]
-        if below is None:
-            yield Opaque(b"")
+        # overlayfs does not look whether its root is opaque, and most engines do not heed a marker there (rule W13).
+        levels = [self._level(b"", root, root, in_upper=True, hidden=False)]
         while levels:
             level = levels[-1]
             name = next(level.names, None)
@@ -157,7 +155,7 @@ class Merged:
         image = self._lookup(level.image, name)
         if level.in_upper is not None and name in level.in_upper:
             entry = self._upper.entry(name)
-            if not self._upper.is_whiteout(entry):
+            if not entry.is_whiteout:
                 return Present(path, entry, image, self._data(level, name, entry))
         elif not level.plain and (brought := self._lookup(level.below, name)) is not None:
             return Present(path, brought, image)

@@ -7,7 +7,9 @@ process in the container could make up notes there.
 =================  ====================================================================================================
 a char device 0:0  a whiteout: the name is gone
 ``opaque`` = y     on a directory: nothing lower is left of it
-``opaque`` = x     on a directory: empty files in it that have ``whiteout`` are whiteouts
+``opaque`` = x     on a directory: there may be files with ``whiteout`` in it; nothing is hidden
+``whiteout``       on an empty file: a whiteout too, also where its directory has no ``opaque`` = x (tried on Linux 6.18:
+                   such a name is listed and cannot be opened)
 ``redirect``       on a directory, or a file with ``metacopy``: where in the lower tree it was before it was renamed
 ``metacopy``       on a file: only its attributes are here, its data is still below
 ``nlink``          on a file: with ``index=on`` other names, still below, are links to it
@@ -84,7 +86,6 @@ class Notes(msgspec.Struct, frozen=True):
     """What overlayfs has noted on one inode."""
 
     opaque: bool = False
-    xwhiteouts: bool = False
     redirect: bytes | None = None
     metacopy: bool = False
     whiteout: bool = False
@@ -106,17 +107,23 @@ class Entry(msgspec.Struct, frozen=True):
     """Of a SYMLINK."""
 
     @property
+    def is_whiteout(self) -> bool:
+        """Whether it says that its name is gone (fs/overlayfs/util.c, ovl_path_is_whiteout)."""
+        if self.kind is Kind.CHAR:
+            return self.status.st_rdev == 0
+        return self.kind is Kind.FILE and self.notes.whiteout and self.status.st_size == 0
+
+    @property
     def rdev(self) -> tuple[int, int]:
         """(major, minor) of a device."""
         return os.major(self.status.st_rdev), os.minor(self.status.st_rdev)
 
 
 class _Level(NamedTuple):
-    """A directory on the way to the current one: its name, who it is, when it was entered, its notes."""
+    """A directory on the way to the current one: its name, and what it was when it was entered."""
 
     name: bytes
     status: os.stat_result
-    notes: Notes
 
 
 class Upper:
@@ -142,7 +149,7 @@ class Upper:
         except BaseException:
             os.close(self._fd)
             raise
-        self._levels = [_Level(b"", self.top.status, self.top.notes)]
+        self._levels = [_Level(b"", self.top.status)]
 
     def close(self) -> None:
         """Let go of the directory."""
@@ -170,20 +177,13 @@ class Upper:
             # xattrs have no calls with directory descriptors; this path means the same directory.
             return self._entry(b"/proc/self/fd/%d/%s" % (self._fd, name), status)
 
-    def is_whiteout(self, entry: Entry) -> bool:
-        """Whether ``entry``, in the current directory, says that its name is gone."""
-        if entry.kind is Kind.CHAR:
-            return entry.status.st_rdev == 0
-        in_marked = self._levels[-1].notes.xwhiteouts
-        return in_marked and entry.notes.whiteout and entry.kind is Kind.FILE and entry.status.st_size == 0
-
     def enter(self, name: bytes, entry: Entry) -> None:
         """Make the directory ``name``, seen as ``entry``, the current one."""
         with self._sentence("enter", name):
             below = os.open(name, _DIRECTORY, dir_fd=self._fd)
             os.close(self._fd)
             self._fd = below
-        self._levels.append(_Level(name, entry.status, entry.notes))
+        self._levels.append(_Level(name, entry.status))
         self._check_unchanged(os.fstat(self._fd), entry.status, b".")
 
     def leave(self) -> None:
@@ -236,7 +236,6 @@ class Upper:
             status,
             Notes(
                 opaque=notes.get(b"opaque") == b"y",
-                xwhiteouts=notes.get(b"opaque") == b"x",
                 redirect=notes.get(b"redirect"),
                 metacopy=b"metacopy" in notes,
                 whiteout=b"whiteout" in notes,
