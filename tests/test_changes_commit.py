@@ -386,6 +386,17 @@ def test_a_failure_leaves_the_layout_as_it_was(run: Run, tmp_path: Path, upper: 
     assert not (tmp_path / "fresh").exists()
 
 
+def test_a_disk_that_is_full_is_said_and_nothing_is_left(run: Run, tmp_path: Path, upper: str) -> None:
+    """As on a full disk, no file can grow any more: here beyond 50,000 bytes."""
+    write_layout(tmp_path / "image", [ONE])
+    (Path(upper) / "large").write_bytes(os.urandom(1 << 18))
+    assert run("index", str(tmp_path / "image")).status == 0
+    words = ["commit", "--image", str(tmp_path / "image"), upper, f"oci:{tmp_path}/out:new"]
+    done = mounting.run(["prlimit", "--fsize=50000", *mounting.command(*words)])
+    assert (done.returncode, done.stderr) == (6, f"ocifs: cannot write {tmp_path}/out: File too large\n")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_damaged_index_is_left_alone(run: Run, tmp_path: Path, upper: str) -> None:
     write_layout(tmp_path / "image", [ONE])
     (tmp_path / "out").mkdir()

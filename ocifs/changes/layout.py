@@ -26,7 +26,7 @@ import secrets
 import shutil
 import stat
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, BinaryIO, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import msgspec
 
@@ -39,6 +39,7 @@ from ocifs.spec import Digest, Index, MediaType, parse_document
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from io import FileIO
 
     from ocifs.sources import Blob, LayerBlob
 
@@ -128,7 +129,7 @@ class LayoutWriter:
         """A blob to be written; it counts once `NewBlob.name` was called."""
         path = os.path.join(self._staging, secrets.token_hex(8).encode())
         with self._sentence("write", path):
-            file = open(path, "xb")  # noqa: SIM115 (the with statement is below)
+            file = open(path, "xb", buffering=0)  # noqa: SIM115 (the with statement is below)
         with file:
             yield NewBlob(self, file)
 
@@ -273,20 +274,21 @@ class LayoutWriter:
 class NewBlob:
     """A blob that is being written."""
 
-    def __init__(self, layout: LayoutWriter, file: BinaryIO) -> None:
-        """Write to ``file`` of ``layout``."""
+    def __init__(self, layout: LayoutWriter, file: FileIO) -> None:
+        """Write to ``file`` of ``layout``, without a buffer: closing it cannot fail."""
         self._layout = layout
         self._file = file
 
     def write(self, data: bytes) -> None:
         """Write more bytes; MachineError if they cannot be."""
         with self._layout._sentence("write", self._layout._path):  # noqa: SLF001 (a part of the layout)
-            self._file.write(data)
+            view = memoryview(data)
+            while view:
+                view = view[self._file.write(view) :]
 
     def name(self, digest: Digest) -> None:
         """Say what was written; it is on disk then."""
         with self._layout._sentence("write", self._layout._path):  # noqa: SLF001
-            self._file.flush()
             os.fsync(self._file.fileno())
         self._layout.stage(os.fsencode(self._file.name), digest)
 
