@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -137,6 +138,7 @@ def test_changes_kept_elsewhere_and_in_memory(tmp_path: Path) -> None:
             assert ocifs("diff-upper", tmp_path / name).stdout == "C /root\nA /root/one\n"
 
 
+@pytest.mark.skipif(shutil.which("umoci") is None, reason="umoci is not installed")
 def test_umoci_makes_the_same_of_it(tmp_path: Path) -> None:
     image, box = write_image(tmp_path / "image"), tmp_path / "box"
     with bundled(image, box):

@@ -294,6 +294,7 @@ def test_sockets_are_left_out_with_a_warning(ground: Ground, tmp_path: Path) -> 
     assert signs(ground, tmp_path)[b"/listening"] is Sign.ADDED
 
 
+@pytest.mark.skipif(shutil.which("umoci") is None, reason="umoci is not installed")
 def test_umoci_unpacks_what_the_overlay_showed(ground: Ground, tmp_path: Path) -> None:
     acts = [
         Act("write", (b"new", b"new\n")),
@@ -320,6 +321,7 @@ def test_umoci_unpacks_what_the_overlay_showed(ground: Ground, tmp_path: Path) -
     assert of_seen(looked_at(tmp_path / "bundle/rootfs")) == shown
 
 
+@pytest.mark.skipif(shutil.which("skopeo") is None, reason="skopeo is not installed")
 @pytest.mark.parametrize(
     ("packing", "form"), [("gzip", "docker-archive:{}/copied:app:1"), ("zstd", "oci:{}/copied:app")]
 )
