@@ -8,6 +8,7 @@
 `overlayfs`       the writable layer
 `state`           ``ocifs.json``: what a bundle is made of
 `lifecycle`       making a bundle, whole or not at all, and ending it
+`namespace`       a user namespace, for who is not root
 `containers`      running one container in the foreground, and leaving nothing behind
 ================  =====================================================================================================
 

@@ -2,7 +2,7 @@
 
 It is written out here because a bundle can be made where no runtime is. Differences from ``runc spec`` of 1.1 are those
 that later ones have as well: no ambient capabilities (they would outlive a change to an ordinary user), and two more masked
-paths. `rootless` changes it as ``runc spec --rootless`` does, for a user namespace in which one id is mapped.
+paths. `rootless` changes it as ``runc spec --rootless`` does.
 
 Not here: anything about an image (`ocifs.bundle.config`).
 """
@@ -89,22 +89,37 @@ def base_spec(*, cgroup2: bool) -> Json:
 
 
 def rootless(spec: Json, *, uid: int, gid: int) -> None:
-    """Make a configuration fit for a user namespace of an ordinary user, in which that user is root and nobody else is.
+    """Make a configuration fit for an ordinary user: a user namespace in which that user is root and nobody else is.
 
-    The network stays the host's, /sys is the host's too (sysfs belongs to a network namespace), no ids but 0 are named
-    in mount options, and limits of control groups go, which such a user may not set.
+    The network stays the host's, as ``runc spec --rootless`` has it.
     """
     linux = spec["linux"]
-    del linux["resources"]
+    share_network(spec)
+    unprivileged(spec, ids=1)
     linux["uidMappings"] = [{"containerID": 0, "hostID": uid, "size": 1}]
     linux["gidMappings"] = [{"containerID": 0, "hostID": gid, "size": 1}]
-    share_network(spec)
     linux["namespaces"].append({"type": "user"})
+
+
+def unprivileged(spec: Json, *, ids: int) -> None:
+    """Leave out what root of a user namespace may not do, which has the ids from 0 on and so many of them.
+
+    Limits of control groups may not be set, ids that are not there not be named in mount options, and sysfs, which belongs
+    to a network, not be mounted in the host's: there the host's /sys is shown.
+    """
+    del spec["linux"]["resources"]
+    own_network = {"type": "network"} in spec["linux"]["namespaces"]
     for number, mount in enumerate(spec["mounts"]):
-        if mount["destination"] == "/sys":
+        if mount["destination"] == "/sys" and not own_network:
             spec["mounts"][number] = _mount("/sys", "none", "/sys", "rbind", "nosuid", "noexec", "nodev", "ro")
         elif "options" in mount:
-            mount["options"] = [word for word in mount["options"] if not word.startswith(("uid=", "gid="))]
+            mount["options"] = [word for word in mount["options"] if _id_in(word) < ids]
+
+
+def _id_in(option: str) -> int:
+    """The id that a mount option names; 0 if it names none."""
+    name, _, value = option.partition("=")
+    return int(value) if name in ("uid", "gid") else 0
 
 
 def share_network(spec: Json) -> None:

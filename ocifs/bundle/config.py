@@ -43,7 +43,7 @@ from typing import Final
 
 import msgspec
 
-from ocifs.bundle.base import DEFAULTS, Json, base_spec, has_cgroup2, rootless, share_network
+from ocifs.bundle.base import DEFAULTS, Json, base_spec, has_cgroup2, rootless, share_network, unprivileged
 from ocifs.bundle.users import Account, find_account
 from ocifs.erofs import Inode
 from ocifs.errors import NotFoundError, UnsupportedError
@@ -87,7 +87,9 @@ class Wanted(msgspec.Struct, frozen=True):
     read_only: bool = False
     host_network: bool = False
     id_map: IdMap | None = None
-    """For a container in a user namespace."""
+    """For a container in a user namespace that the runtime makes."""
+    ids: int = 0
+    """For one in a user namespace that is there already: how many ids it has, from 0 on."""
 
 
 def make_config(image: ImageConfig, view: RootFS, wanted: Wanted) -> Json:
@@ -116,7 +118,10 @@ def make_config(image: ImageConfig, view: RootFS, wanted: Wanted) -> Json:
     spec["mounts"] += sorted([*volumes, *map(_bind, wanted.binds)], key=lambda mount: _depth(mount["destination"]))
     if wanted.id_map is not None:
         rootless(spec, uid=wanted.id_map.uid, gid=wanted.id_map.gid)
-        _check_mapped(account, process["user"])
+        _check_mapped(account, process["user"], 1)
+    elif wanted.ids:
+        unprivileged(spec, ids=wanted.ids)
+        _check_mapped(account, process["user"], wanted.ids)
     return spec
 
 
@@ -146,15 +151,18 @@ def _user(account: Account) -> Json:
     return user
 
 
-def _check_mapped(account: Account, user: Json) -> None:
-    """Refuse a user that is not mapped; groups that are not go."""
-    if account.uid or account.gid:
+def _check_mapped(account: Account, user: Json, ids: int) -> None:
+    """Refuse a user who is not in a user namespace with so many ids; groups that are not go."""
+    if max(account.uid, account.gid) >= ids:
+        there = "0:0" if ids == 1 else f"0 to {ids - 1}"
         message = (
-            f"the container would run as {account.uid}:{account.gid}, and in this user namespace there is only 0:0; "
+            f"the container would run as {account.uid}:{account.gid}, and in this user namespace there is only {there}; "
             "say -u 0, or become root"
         )
         raise UnsupportedError(message)
-    user.pop("additionalGids", None)
+    groups = [group for group in user.pop("additionalGids", ()) if group < ids]
+    if groups:
+        user["additionalGids"] = groups
 
 
 # -- annotations ---------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ Signals
     process; ^C from a terminal has reached the runtime already. That process is init in there, and the kernel keeps from
     it what it has no handler for: who asks a second time gets the container killed.
 
-Not here: bundles (`ocifs.bundle.lifecycle`), user namespaces.
+Not here: bundles (`ocifs.bundle.lifecycle`), user namespaces (`ocifs.bundle.namespace`).
 """
 
 from __future__ import annotations
@@ -112,6 +112,11 @@ def _clear(place: Path, runtime: str) -> None:
         _ask([runtime, "--root", str(place / "state"), "delete", "--force", place.name])
     with contextlib.suppress(NotFoundError):  # no bundle was made
         end_bundle(place / "bundle", delete=True)
+    for listed in daemon.records():
+        # In a mount namespace that nobody else is in any more, a daemon would serve itself for ever.
+        if listed.state is not daemon.State.DEAD and listed.record.mountpoint.startswith(f"{place}/"):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(listed.record.pid, signal.SIGTERM)
     shutil.rmtree(place, ignore_errors=True)
 
 

@@ -6,6 +6,7 @@ What a container is made of is for `ocifs.bundle` to know; here are the words fo
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -181,6 +182,9 @@ def run(
     from ocifs.bundle.containers import find_runtime, run_container  # noqa: PLC0415
 
     found = find_runtime(runtime)
+    ids = 0
+    if os.geteuid() != 0:
+        choice, ids = _in_a_namespace(choice)
     with opt.opened_store(choice) as store, unwound():
         plan = _plan(
             choice,
@@ -191,16 +195,31 @@ def run(
             read_only=read_only,
             terminal=sys.stdin.isatty() and sys.stdout.isatty(),
             host_network=net == "host",
+            ids=ids,
         )
         if net == "host":
             plan = _with_names_of_host(plan)
         plan = msgspec.structs.replace(plan, ephemeral=not read_only)
+        if ids:  # where EROFS cannot be mounted, and overlayfs keeps its notes in attributes that anybody may write
+            driver = "fuse" if plan.driver == "auto" else plan.driver
+            plan = msgspec.structs.replace(plan, driver=driver, overlay_options=("userxattr",))
 
         def opening(options: ImageOptions) -> contextlib.AbstractContextManager[Image]:
             return opt.opened_image(choice, ref, store=store, options=options)
 
         status = run_container(opening, plan, found)
     raise click.exceptions.Exit(status)
+
+
+def _in_a_namespace(choice: Choice) -> tuple[Choice, int]:
+    """Become root of a user namespace, without forgetting whose cache and runtime directory are ours."""
+    from ocifs.bundle.namespace import enter  # noqa: PLC0415
+    from ocifs.daemon.records import RUNTIME_VARIABLE, runtime_dir  # noqa: PLC0415
+    from ocifs.store import default_path  # noqa: PLC0415
+
+    choice = dataclasses.replace(choice, cache_dir=choice.cache_dir or str(default_path()))
+    os.environ[RUNTIME_VARIABLE] = str(runtime_dir())
+    return choice, enter()
 
 
 def _with_names_of_host(plan: Plan) -> Plan:

@@ -47,9 +47,15 @@ class Record(msgspec.Struct, frozen=True):
     """Whether the mount has answered."""
 
 
+RUNTIME_VARIABLE = "OCIFS_RUNTIME_DIR"
+"""The environment variable that says where mount records lie: root of a user namespace has no /run of its own."""
+
+
 def runtime_dir() -> Path:
     """Where mount records lie; made, mode 0700, if need be. Raises `MachineError` if it is not ours alone."""
-    if os.geteuid() == 0:
+    if os.environ.get(RUNTIME_VARIABLE, "").startswith("/"):
+        path = Path(os.environ[RUNTIME_VARIABLE])
+    elif os.geteuid() == 0:
         path = Path("/run/ocifs")
     elif os.environ.get("XDG_RUNTIME_DIR", "").startswith("/"):
         path = Path(os.environ["XDG_RUNTIME_DIR"]) / "ocifs"
@@ -110,7 +116,7 @@ class Claim:
                 except BlockingIOError:
                     other = _read_record(self._fd)
                     os.close(self._fd)
-                    if other is not None and other.device and not is_of(other, mounted_at(mountpoint)):
+                    if other is not None and other.ready and not is_of(other, mounted_at(mountpoint)):
                         # It was unmounted lazily and serves who is still in, or its mount is in another namespace.
                         _set_aside(self.path, other.pid)
                         continue
@@ -227,21 +233,21 @@ class Listed(NamedTuple):
 def records() -> list[Listed]:
     """Every mount of this user, oldest first. Records of dead daemons whose mount is gone are removed on the way."""
     found = []
-    with _serialised():
-        for path in (*runtime_dir().glob("*.json"), *runtime_dir().glob("*.aside")):
-            with _looked_at(path) as (record, alive):
-                if record is None or not record.device:
-                    there = None
-                else:
-                    there = mount_of(record.device)
-                    there = there if is_of(record, there) else None
-                if not alive and there is None:
-                    _forget(path)
-                elif record is not None and record.ready:
-                    # A parent directory may have been renamed.
-                    now = os.fsdecode(there.mountpoint) if there else record.mountpoint
-                    state = State.DEAD if not alive else State.LIVE if there else State.DETACHED
-                    found.append(Listed(msgspec.structs.replace(record, mountpoint=now), state))
+    with _serialised(), contextlib.ExitStack() as opened:
+        paths = (*runtime_dir().glob("*.json"), *runtime_dir().glob("*.aside"))
+        seen = [(path, *opened.enter_context(_looked_at(path))) for path in paths]
+        served = {record.device for _, record, alive in seen if record is not None and alive}
+        for path, record, alive in seen:
+            there = mount_of(record.device) if record is not None and record.device else None
+            if record is None or not is_of(record, there) or (not alive and record.device in served):
+                there = None  # the number has been given to another file system since
+            if not alive and there is None:
+                _forget(path)
+            elif record is not None and record.ready:
+                # A parent directory may have been renamed.
+                now = os.fsdecode(there.mountpoint) if there else record.mountpoint
+                state = State.DEAD if not alive else State.LIVE if there else State.DETACHED
+                found.append(Listed(msgspec.structs.replace(record, mountpoint=now), state))
         _forget_leftovers()
     return sorted(found, key=lambda one: one.record.started_ns)
 
@@ -284,8 +290,13 @@ def _looked_at(path: Path) -> Iterator[tuple[Record | None, bool]]:
 
 
 def is_of(record: Record, there: MountEntry | None) -> bool:
-    """Whether a mount is the one that a record tells of."""
-    return there is not None and there.device == record.device and there.fs_type == FS_TYPES.get(record.driver)
+    """Whether a mount is the one that a record tells of, as far as the mount itself says.
+
+    Numbers of file systems are given again and again. What EROFS is mounted from is named after the record.
+    """
+    if there is None or there.device != record.device or there.fs_type != FS_TYPES.get(record.driver):
+        return False
+    return record.driver != "erofs" or there.source.startswith(os.fsencode(Path(record.log).with_suffix("")) + b"-")
 
 
 @contextlib.contextmanager
@@ -297,15 +308,17 @@ def found_at(path: Path) -> Iterator[tuple[MountEntry | None, Record | None, boo
     """
     with _serialised(), contextlib.ExitStack() as opened:
         there = mounted_at(path)
-        for one in sorted(runtime_dir().glob("*.json"), key=lambda name: name != _record_path(path)):
-            record, alive = opened.enter_context(_looked_at(one))
-            if record is not None and is_of(record, there):
-                yield there, record, alive
-                return
-        if there is not None and there.fs_type == FS_TYPES["fuse"]:
-            yield there, None, not _is_dead(path)
-        else:
+        theirs = [opened.enter_context(_looked_at(one)) for one in runtime_dir().glob("*.json")]
+        ours = [(record, alive) for record, alive in theirs if record is not None and is_of(record, there)]
+        record, alive = max(ours, key=lambda one: one[1], default=(None, False))  # a living one if there is one
+        if there is None or (record is None and there.fs_type != FS_TYPES["fuse"]):
             yield None, None, False
+        elif alive:
+            yield there, record, True
+        elif there.fs_type == FS_TYPES["fuse"] and not _is_dead(path):
+            yield there, None, True  # another user's: the record is of one that had the number before
+        else:
+            yield there, record, False
 
 
 def _is_dead(path: Path) -> bool:
