@@ -6,12 +6,13 @@ keeping is kept by `ocifs.spans`, which bounds it over all layers. Safe to call 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
 from ocifs.errors import CacheDamagedError
-from ocifs.layer_index import LayerIndex
+from ocifs.layer_index import LayerIndex, SpanDecoder
 
 _log = logging.getLogger(__name__)
 
@@ -70,14 +71,29 @@ class LayerData:
             layer_offset = end
             number += 1
 
-    def decode(self, span: int, need: int | None = None) -> bytes | memoryview:
-        """Read, verify and inflate one span, or its first ``need`` bytes; blocking.
+    def begin(self, span: int) -> SpanDecoder:
+        """Read and verify one span, to be decoded with `go_on`; blocking.
 
         Raises `DamagedError` naming blob, span and offset; `CacheDamagedError` if our own files are to blame, which the
         next one that opens the layer then builds again.
         """
+        with self._noticing():
+            return self.index.begin(span, self._stored.read_at)
+
+    def go_on(self, decoder: SpanDecoder, size: int) -> bytes | memoryview:
+        """Decode the next ``size`` bytes, or what is left; blocking. Errors as `begin`."""
+        with self._noticing():
+            return decoder.read(size)
+
+    def decode(self, span: int) -> bytes | memoryview:
+        """Give all of one span; blocking. Errors as `begin`."""
+        with self._noticing():
+            return self.index.decode(span, self._stored.read_at)
+
+    @contextlib.contextmanager
+    def _noticing(self) -> Iterator[None]:
         try:
-            return self.index.decode(span, self._stored.read_at, need)
+            yield
         except CacheDamagedError as error:
             if self._on_damage is not None:
                 _log.warning("%s; it is built again when the layer is opened next", error)

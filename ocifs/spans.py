@@ -10,26 +10,30 @@ How a read is answered
     those who wait but not remembered). Anything else is decoded in a worker thread; decoders release the GIL.
 
     *Only as far as needed.* A span met out of order is decoded up to where the reader stops, plus `SLACK`: a reader that
-    wants one small file from a cold span does not pay for its end. Who then asks for more gets all of it.
+    wants one small file from a cold span does not pay for its end. Who then asks for more goes on from there, twice as far
+    each time. Starting `python3 -c 'import numpy'` so decodes 130 MB instead of 195, in 34 spans of 4 MiB.
 
     *Ahead.* When a reader has come from the span before, the next one is decoded on another thread while the kernel
     digests this one. One span ahead is enough: decoding is faster than copying through FUSE, and more would evict
     what other readers need.
 
 Concurrency contract
-    `SpanCache` and `SpanReader` belong to one thread: under trio the event loop's, in a command the main thread. Only
-    `LayerData.decode` runs in worker threads, and it shares nothing but open files. So neither class takes a lock.
+    The classes here belong to one thread: under trio the event loop's, in a command the main thread. Only `LayerData` and
+    `SpanDecoder` work in worker threads, one at a time for each span, and share nothing but open files. So no class takes
+    a lock.
 """
 
 from __future__ import annotations
 
 import logging
+from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from ocifs.errors import DamagedError, OcifsError
 from ocifs.layer_data import LayerData
+from ocifs.layer_index import SpanDecoder
 
 if TYPE_CHECKING:
     import trio
@@ -54,37 +58,73 @@ class SpanKey(NamedTuple):
     span: int
 
 
+class DecodedSpan:
+    """A span as far as it is decoded: pieces one behind the other, and what gives the next."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        """Bytes decoded so far."""
+        self.decoder: SpanDecoder | None = None
+        """What goes on; None if nothing was decoded yet, or all."""
+        self._pieces: list[bytes | memoryview] = []
+        self._ends: list[int] = []
+
+    @property
+    def cost(self) -> int:
+        """Bytes of memory it takes: what is decoded, and until the end what is stored."""
+        return self.size + (self.decoder.held if self.decoder is not None else 0)
+
+    def append(self, piece: bytes | memoryview, decoder: SpanDecoder | None = None) -> None:
+        """Add what was decoded next; ``decoder`` goes on from there, if there is more."""
+        self._pieces.append(piece)
+        self.size += len(piece)
+        self._ends.append(self.size)
+        self.decoder = decoder if decoder is not None and decoder.left else None
+
+    def views(self, start: int, stop: int) -> Iterator[memoryview]:
+        """Give bytes ``start`` to ``stop``, all decoded, as views: one, unless pieces meet in between."""
+        number = bisect_right(self._ends, start)
+        while start < stop:
+            end = self._ends[number]
+            piece = self._pieces[number]
+            yield memoryview(piece)[start - end + len(piece) : min(stop, end) - end + len(piece)]
+            start = end
+            number += 1
+
+
 class SpanCache:
     """Decoded spans, least recently used first to go, bounded in bytes. One cache serves all layers and trees."""
 
     def __init__(self, limit: int = DEFAULT_CACHE) -> None:
-        """Keep at most ``limit`` bytes; a span larger than that is handed out but not kept."""
+        """Keep at most ``limit`` bytes; a span that takes more is handed out but not kept."""
         self.limit = limit
         self.size = 0
-        self._spans: OrderedDict[SpanKey, bytes | memoryview] = OrderedDict()
+        self._spans: OrderedDict[SpanKey, tuple[DecodedSpan, int]] = OrderedDict()
 
-    def get(self, key: SpanKey) -> bytes | memoryview | None:
+    def get(self, key: SpanKey) -> DecodedSpan | None:
         """Give what is here of the span: all of it, or its beginning."""
-        data = self._spans.get(key)
-        if data is not None:
-            self._spans.move_to_end(key)
-        return data
+        found = self._spans.get(key)
+        if found is None:
+            return None
+        self._spans.move_to_end(key)
+        return found[0]
 
-    def put(self, key: SpanKey, data: bytes | memoryview) -> None:
-        """Keep the span, making room for it. The longer one wins if there is one already."""
-        old = self._spans.get(key)
-        if old is not None:
-            if len(old) >= len(data):
-                return
-            self.size -= len(old)
-            del self._spans[key]
-        if len(data) > self.limit:
+    def put(self, key: SpanKey, span: DecodedSpan) -> None:
+        """Keep the span, or take note that it has grown; others make room for it."""
+        self.drop(key)
+        cost = span.cost
+        if cost > self.limit:
             return
-        self._spans[key] = data
-        self.size += len(data)
+        self._spans[key] = span, cost
+        self.size += cost
         while self.size > self.limit:
-            _, old = self._spans.popitem(last=False)
-            self.size -= len(old)
+            _, (_, cost) = self._spans.popitem(last=False)
+            self.size -= cost
+
+    def drop(self, key: SpanKey) -> None:
+        """Forget the span, if it is here."""
+        _, cost = self._spans.pop(key, (None, 0))
+        self.size -= cost
 
     def __contains__(self, key: SpanKey) -> bool:
         """Tell whether anything of the span is here, without marking it as used."""
@@ -92,12 +132,11 @@ class SpanCache:
 
 
 class _Flight:
-    """A span being decoded, how much of it, and those who wait for it."""
+    """A span being decoded further, and those who wait for it."""
 
-    def __init__(self, landed: trio.Event, need: int) -> None:
+    def __init__(self, landed: trio.Event) -> None:
         self.landed = landed
-        self.need = need
-        self.data: bytes | memoryview | None = None
+        self.span: DecodedSpan | None = None
         self.error: OcifsError | None = None
 
 
@@ -121,11 +160,10 @@ class SpanReader:
 
     async def read(self, layer: int, layer_offset: int, size: int) -> list[memoryview]:
         """Give ``size`` bytes at ``layer_offset`` of a layer's tar as views of its spans; `DamagedError` beyond its end."""
-        parts = []
+        parts: list[memoryview] = []
         got = 0
         for span, start, stop in self.layers[layer].slices(layer_offset, size):
-            data = await self._span(SpanKey(layer, span), stop)
-            parts.append(memoryview(data)[start:stop])
+            parts += (await self._span(SpanKey(layer, span), stop)).views(start, stop)
             got += stop - start
         _check_length(layer, got, size)
         return parts
@@ -146,69 +184,84 @@ class SpanReader:
 
     def read_blocking(self, layer: int, layer_offset: int, size: int) -> list[memoryview]:
         """Do the same in the calling thread, for who runs no event loop."""
-        parts = []
+        parts: list[memoryview] = []
         got = 0
-        for span, start, stop in self.layers[layer].slices(layer_offset, size):
-            key = SpanKey(layer, span)
-            data = self.cache.get(key)
-            if data is None or len(data) < stop:
-                data = self._decoded(key, self.layers[layer].decode(span))
-            parts.append(memoryview(data)[start:stop])
+        for number, start, stop in self.layers[layer].slices(layer_offset, size):
+            key = SpanKey(layer, number)
+            span = self.cache.get(key)
+            if span is None or span.size < stop:
+                span = DecodedSpan()
+                self._grown(key, span, self.layers[layer].decode(number))
+            parts += span.views(start, stop)
             got += stop - start
         _check_length(layer, got, size)
         return parts
 
-    def _decoded(self, key: SpanKey, data: bytes | memoryview) -> bytes | memoryview:
-        self.decoded_spans += 1
-        self.decoded_bytes += len(data)
-        self.cache.put(key, data)
-        return data
+    def _grown(
+        self, key: SpanKey, span: DecodedSpan, piece: bytes | memoryview, decoder: SpanDecoder | None = None
+    ) -> None:
+        self.decoded_spans += not span.size
+        self.decoded_bytes += len(piece)
+        span.append(piece, decoder)
+        self.cache.put(key, span)
 
-    async def _span(self, key: SpanKey, need: int) -> bytes | memoryview:
-        """Give the span, or at least its first ``need`` bytes."""
-        layer, span = key
-        forward = self._last.get(layer) == span - 1
-        if forward or self._last.get(layer) != span:
-            self._last[layer] = span
+    async def _span(self, key: SpanKey, need: int) -> DecodedSpan:
+        """Give the span, at least its first ``need`` bytes decoded."""
+        layer, number = key
+        forward = self._last.get(layer) == number - 1
+        if forward or self._last.get(layer) != number:
+            self._last[layer] = number
             if forward:
-                self._decode_ahead(SpanKey(layer, span + 1))
+                self._decode_ahead(SpanKey(layer, number + 1))
         while True:
-            data = self.cache.get(key)
-            if data is not None and len(data) >= need:
-                return data
+            span = self.cache.get(key)
+            if span is not None and span.size >= need:
+                return span
             flight = self._flights.get(key)
             if flight is None:
-                return await self._decode(key, need, partly=data is None and not forward)
+                return await self._decode(key, span or DecodedSpan(), None if forward else need)
             await flight.landed.wait()
             if flight.error is not None:
                 raise flight.error
-            if flight.data is not None and len(flight.data) >= need:
-                return flight.data
+            if flight.span is not None and flight.span.size >= need:
+                return flight.span
             # It was decoded less far than we need, or its reader was cancelled: look again.
 
-    async def _decode(self, key: SpanKey, need: int, *, partly: bool) -> bytes | memoryview:
+    async def _decode(self, key: SpanKey, span: DecodedSpan, need: int | None) -> DecodedSpan:
+        """Decode the span further: all of it, or as far as ``need`` and some."""
         import trio  # noqa: PLC0415 (commands that read without mounting start 80 ms sooner)
 
         if self._limiter is None:
             self._limiter = trio.CapacityLimiter(self._threads)
         layer = self.layers[key.layer]
         size = layer.index.spans.layer_range(key.span).size
-        need = need + SLACK if partly else size
-        flight = self._flights[key] = _Flight(trio.Event(), need)
-        limit = None if need >= size else need
+        # Who asks again and again runs through the span: twice as far each time.
+        target = size if need is None else min(size, max(need + SLACK, 2 * span.size))
+
+        def further() -> tuple[SpanDecoder, bytes | memoryview]:
+            decoder = span.decoder or layer.begin(key.span)
+            return decoder, layer.go_on(decoder, target - span.size)
+
+        flight = self._flights[key] = _Flight(trio.Event())
         try:
-            data = await trio.to_thread.run_sync(layer.decode, key.span, limit, limiter=self._limiter)
-            if len(data) < min(need, size):
-                message = f"span {key.span} of layer {key.layer} decoded to {len(data)} bytes; {size} were expected"
+            decoder, piece = await trio.to_thread.run_sync(further, limiter=self._limiter)
+            if len(piece) < target - span.size:
+                message = (
+                    f"span {key.span} of layer {key.layer} decoded to {span.size + len(piece)} bytes; "
+                    f"{target} were expected"
+                )
                 raise DamagedError(message)
-            flight.data = self._decoded(key, data)
-        except OcifsError as error:
-            flight.error = error
+            self._grown(key, span, piece, decoder)
+            flight.span = span
+        except Exception as error:
+            # Its decoder may have failed half-way: whoever wants the span next begins anew.
+            self.cache.drop(key)
+            flight.error = error if isinstance(error, OcifsError) else None
             raise
         finally:
             del self._flights[key]
             flight.landed.set()
-        return data
+        return span
 
     def _decode_ahead(self, key: SpanKey) -> None:
         """Start decoding a span that nobody asked for yet, if there is such a span and a thread is free for it."""
@@ -225,7 +278,7 @@ class SpanReader:
         if key in self._flights or key in self.cache:
             return
         try:
-            await self._decode(key, 0, partly=False)
+            await self._decode(key, DecodedSpan(), None)
         except Exception as error:  # noqa: BLE001 (a system task must not fail; who really reads the span gets the error)
             _log.debug("decoding ahead failed: %s", error)
 

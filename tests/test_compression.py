@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from isal import isal_zlib
 
 from ocifs.compression import Compression, detect, streams, zstd
-from ocifs.compression.gzip import MAX_WINDOW, inflate_span, member_header_end
+from ocifs.compression.gzip import MAX_WINDOW, SpanInflater, inflate_span, member_header_end
 from ocifs.errors import DamagedError, OcifsError, UnsupportedError
 from tests.support import deflate
 
@@ -146,9 +146,9 @@ def test_a_stock_inflate_enters_every_block_at_every_bit(inflate: Callable[..., 
             stored = stream[block.bit_offset // 8 : (end.bit_offset + 7) // 8]
             got = inflate_span(stored, bit=bit, window=window, size=size, at_header=False, inflate=inflate)
             assert got == whole[block.offset : end.offset], (name, number)
-            for need in (0, 1, size // 2, size, size + 1):
-                part = inflate_span(stored, bit=bit, window=window, size=size, at_header=False, need=need)
-                assert part == whole[block.offset : block.offset + min(need, size)]
+            for first in {0, min(1, size), size // 2, size}:
+                inflater = SpanInflater(stored, bit=bit, window=window, at_header=False, inflate=inflate)
+                assert inflater.read(first) + inflater.read(size - first) == whole[block.offset : end.offset]
             seen.add((bit, name))
     assert {bit for bit, _name in seen} == set(range(8))
     assert {bit for bit, name in seen if name == "mixed"} == set(range(8))
@@ -172,10 +172,12 @@ def test_c2_a_span_runs_over_member_boundaries(
     whole = b"".join(parts)
     assert inflate_span(stored, bit=0, window=b"", size=len(whole), at_header=True, inflate=inflate) == whole
     assert gzip.decompress(stored) == whole
-    for need in (1, len(whole) // 3, len(whole) - 1):
-        if 0 < need < len(whole):
-            got = inflate_span(stored, bit=0, window=b"", size=len(whole), at_header=True, need=need, inflate=inflate)
-            assert got == whole[:need]
+    for size in (1, 777, len(whole) // 3 + 1):
+        inflater = SpanInflater(stored, bit=0, window=b"", at_header=True, inflate=inflate)
+        for at in range(0, len(whole), size):
+            assert inflater.read(min(size, len(whole) - at)) == whole[at : at + size]
+        with pytest.raises(DamagedError, match=r"ends before its recorded size|ends within a member's header"):
+            inflater.read(1)
 
 
 def test_member_headers_may_have_every_field() -> None:
@@ -236,8 +238,12 @@ def test_c2_zstd_frames_are_walked_without_decompressing() -> None:
         (11 + len(first), len(second), None, 128 << 10),
         (len(data) - 11, 11, 0, 0),
     ]
-    assert zstd.inflate_frames(data, size=75_000) == TEXT + TEXT[:5000]
-    assert zstd.inflate_frames(data, size=75_000, need=70_001) == TEXT + TEXT[:1]
+    assert zstd.FramesInflater(data).read(75_000) == TEXT + TEXT[:5000]
+    inflater = zstd.FramesInflater(data)
+    assert inflater.read(70_001) == TEXT + TEXT[:1]
+    assert inflater.read(4_999) == TEXT[1:5000]
+    with pytest.raises(DamagedError, match="ends before its recorded size"):
+        inflater.read(1)
     assert zstd.inflate_unsized(data, bound=75_000) == TEXT + TEXT[:5000]
 
 
@@ -272,7 +278,7 @@ def test_zstd_that_would_exhaust_memory_is_refused() -> None:
 
 def test_zstd_bomb_gives_no_more_than_asked_for() -> None:
     bomb = zstandard.compress(bytes(100_000_000))
-    assert zstd.inflate_frames(bomb, size=1000) == bytes(1000)
+    assert zstd.FramesInflater(bomb).read(1000) == bytes(1000)
     with pytest.raises(DamagedError, match="more than its blocks can"):
         zstd.inflate_unsized(bomb, bound=1000)
 
@@ -281,7 +287,7 @@ def test_zstd_bomb_gives_no_more_than_asked_for() -> None:
 def test_random_bytes_are_frames_or_refused(data: bytes) -> None:
     try:
         assert sum(frame.blob_size for frame in frames(data)) == len(data)
-        zstd.inflate_frames(data, size=1000)
+        zstd.FramesInflater(data).read(1000)
     except OcifsError:
         return
 

@@ -145,12 +145,12 @@ def test_a_stream_without_visible_blocks_has_one_point(stored: bytes) -> None:
     assert [at for at, _ in points] == [0]
 
 
-def test_a_zero_run_does_not_mislead() -> None:
-    # Every window gives the same here, so that many bits seem to fit.
-    data = bytes(30_000_000)
-    out, points = walked(member(data))
+@pytest.mark.parametrize("level", [1, 6, 9])
+def test_runs_have_points_too(level: int) -> None:
+    data = text()[:100_000] + bytes(40_000_000) + b"\xff" * 40_000_000 + text()[:100_000]
+    out, points = walked(member(data, level), 4 << 20)
     assert out == data
-    assert len(points) >= 1
+    assert max(second - first for (first, _), (second, _) in pairwise([*points, (len(data), points[0][1])])) < 16 << 20
 
 
 def test_empty_members_are_no_points() -> None:

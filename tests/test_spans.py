@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ocifs.errors import DamagedError
-from ocifs.spans import DEFAULT_CACHE, SLACK, SpanCache, SpanKey, SpanReader
+from ocifs.spans import DEFAULT_CACHE, SLACK, DecodedSpan, SpanCache, SpanKey, SpanReader
 from tests.support.spanned import SECONDS, FakeIndex, joined, layer
 
 
@@ -38,53 +38,72 @@ def no_warnings_logged(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 # -- the cache -------------------------------------------------------------------------------------------------------
 
 
+def span_of(size: int, left: int = 0) -> DecodedSpan:
+    """A span of which ``size`` bytes are decoded and ``left`` are not; until they are it takes 7 bytes more."""
+    span = DecodedSpan()
+    index, _ = layer(size + left)
+    decoder: Any = index.begin(0, None)
+    span.append(decoder.read(size), decoder)
+    return span
+
+
 def test_the_cache_is_bounded_in_bytes_and_the_least_recently_used_goes_first() -> None:
     cache = SpanCache(100)
     a, b, c, d = (SpanKey(1, number) for number in range(4))
-    cache.put(a, bytes(40))
-    cache.put(b, bytes(40))
+    cache.put(a, first := span_of(40))
+    cache.put(b, span_of(40))
     assert cache.size == 80
-    assert cache.get(a) == bytes(40)
-    cache.put(c, bytes(40))  # b goes, since a was used after it
+    assert cache.get(a) is first
+    cache.put(c, span_of(40))  # b goes, since a was used after it
     assert (a in cache, b in cache, c in cache, cache.size) == (True, False, True, 80)
     assert a in cache  # asking whether it is there is no use
-    cache.put(d, bytes(60))
+    cache.put(d, span_of(60))
     assert (a in cache, c in cache, d in cache, cache.size) == (False, True, True, 100)
 
 
 def test_one_large_span_may_drive_out_several() -> None:
     cache = SpanCache(100)
     for number in range(10):
-        cache.put(SpanKey(1, number), bytes(10))
-    cache.put(SpanKey(2, 0), bytes(95))
+        cache.put(SpanKey(1, number), span_of(10))
+    cache.put(SpanKey(2, 0), span_of(95))
     assert cache.size == 95
     assert [number for number in range(10) if SpanKey(1, number) in cache] == []
 
 
 def test_a_span_larger_than_the_cache_is_not_kept_and_drives_nothing_out() -> None:
     cache = SpanCache(100)
-    cache.put(SpanKey(1, 0), bytes(50))
-    cache.put(SpanKey(1, 1), bytes(101))
+    cache.put(SpanKey(1, 0), span_of(50))
+    cache.put(SpanKey(1, 1), span_of(101))
     assert (SpanKey(1, 0) in cache, SpanKey(1, 1) in cache, cache.size) == (True, False, 50)
-    cache.put(SpanKey(1, 2), bytes(100))
+    cache.put(SpanKey(1, 2), span_of(100))
     assert (SpanKey(1, 0) in cache, SpanKey(1, 2) in cache, cache.size) == (False, True, 100)
 
 
-def test_of_two_beginnings_of_a_span_the_longer_stays() -> None:
+def test_a_span_under_way_takes_its_stored_bytes_too_and_may_grow() -> None:
     cache = SpanCache(100)
-    key = SpanKey(1, 0)
-    cache.put(key, b"begin")
-    cache.put(key, b"beginning")
-    assert (cache.get(key), cache.size) == (b"beginning", 9)
-    cache.put(key, b"beg")
-    assert (cache.get(key), cache.size) == (b"beginning", 9)
+    span = DecodedSpan()
+    index, _ = layer(80)
+    decoder: Any = index.begin(0, None)
+    span.append(decoder.read(50), decoder)
+    cache.put(SpanKey(1, 0), span)
+    cache.put(SpanKey(1, 1), span_of(40))
+    assert cache.size == 50 + 7 + 40
+    span.append(decoder.read(10), decoder)
+    cache.put(SpanKey(1, 0), span)
+    assert (SpanKey(1, 1) in cache, cache.size) == (False, 67)
+    span.append(decoder.read(20), decoder)
+    cache.put(SpanKey(1, 0), span)
+    assert (cache.size, span.size, span.decoder) == (80, 80, None)
 
 
 def test_spans_of_different_layers_are_different() -> None:
     cache = SpanCache()
-    cache.put(SpanKey(1, 0), b"one")
-    cache.put(SpanKey(2, 0), b"two")
-    assert (cache.get(SpanKey(1, 0)), cache.get(SpanKey(2, 0)), cache.get(SpanKey(2, 1))) == (b"one", b"two", None)
+    cache.put(SpanKey(1, 0), one := span_of(3))
+    cache.put(SpanKey(2, 0), two := span_of(3))
+    assert (cache.get(SpanKey(1, 0)), cache.get(SpanKey(2, 0)), cache.get(SpanKey(2, 1))) == (one, two, None)
+    cache.drop(SpanKey(1, 0))
+    cache.drop(SpanKey(1, 0))
+    assert (cache.get(SpanKey(1, 0)), cache.size) == (None, 3)
     assert cache.limit == DEFAULT_CACHE == 134_217_728
 
 
@@ -96,14 +115,12 @@ def test_the_cache_agrees_with_a_list(steps: list[tuple[int, int, bool]]) -> Non
         old = dict(model).get(span)
         if reads:
             found = cache.get(SpanKey(1, span))
-            assert (None if found is None else len(found)) == old
+            assert (None if found is None else found.size) == old
             if old is not None:
                 model.remove((span, old))
                 model.append((span, old))
             continue
-        cache.put(SpanKey(1, span), bytes(size))
-        if old is not None and old >= size:
-            continue
+        cache.put(SpanKey(1, span), span_of(size) if size else DecodedSpan())
         if old is not None:
             model.remove((span, old))
         model.append((span, size))
@@ -111,6 +128,16 @@ def test_the_cache_agrees_with_a_list(steps: list[tuple[int, int, bool]]) -> Non
             model.pop(0)
         assert cache.size == sum(kept for _, kept in model)
         assert all((SpanKey(1, number) in cache) == (number in dict(model)) for number in range(9))
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.integers(0, 80), st.integers(0, 80))
+def test_views_of_a_span_in_pieces_are_that_part_of_it(sizes: list[int], one: int, other: int) -> None:
+    data = bytes(range(sum(sizes)))
+    span = DecodedSpan()
+    for size in sizes:
+        span.append(data[span.size : span.size + size])
+    start, stop = sorted((one % (len(data) + 1), other % (len(data) + 1)))
+    assert joined(list(span.views(start, stop))) == data[start:stop]
 
 
 # -- what a read gives -----------------------------------------------------------------------------------------------
@@ -178,8 +205,8 @@ def test_a_span_in_the_cache_costs_no_copy_and_no_thread() -> None:
         await reader.read(1, 100, 10)
         index.decoded.clear()
         [view] = await reader.read(1, 200, 50)
-        kept = reader.cache.get(SpanKey(1, 0))
-        assert view.obj is kept
+        assert (again := await reader.read(1, 300, 1))[0].obj is view.obj
+        assert len(again) == 1
         assert view == index.data[200:250]
         assert index.decoded == []
 
@@ -412,16 +439,45 @@ def test_a_cold_span_is_decoded_as_far_as_needed_and_some() -> None:
 
     async def test() -> None:
         assert joined(await reader.read(1, 1000, 500)) == index.data[1000:1500]
-        assert index.decoded == [(0, 1500 + 262_144)]
+        assert index.decoded == [(0, (0, 1500 + 262_144))]
         assert joined(await reader.read(1, 1500 + SLACK - 10, 10)) == index.data[1500 + SLACK - 10 : 1500 + SLACK]
         assert len(index.decoded) == 1, "the slack is there"
         assert joined(await reader.read(1, 1500 + SLACK - 10, 11)) == index.data[1500 + SLACK - 10 : 1501 + SLACK]
-        assert index.decoded[1:] == [(0, None)], "who wants more gets all of it"
+        assert index.decoded[1:] == [(0, (1500 + SLACK, 3000 + 2 * SLACK))], "twice as far, from where it stopped"
         assert joined(await reader.read(1, LARGE - 10, 10)) == index.data[LARGE - 10 : LARGE]
-        assert len(index.decoded) == 2
+        assert index.decoded[2:] == [(0, (3000 + 2 * SLACK, LARGE))]
+        assert joined(await reader.read(1, 0, LARGE)) == index.data[:LARGE]
+        assert len(index.decoded) == 3
 
     run(test)
-    assert reader.decoded_bytes == 1500 + SLACK + LARGE
+    assert (reader.decoded_spans, reader.decoded_bytes) == (1, LARGE)
+
+
+def test_a_reader_far_behind_what_is_decoded_gets_that_and_some() -> None:
+    index, data = layer(4 * LARGE)
+    reader = SpanReader([data])
+
+    async def test() -> None:
+        await reader.read(1, 0, 10)
+        await reader.read(1, 2 * LARGE, 10)
+
+    run(test)
+    assert index.decoded == [(0, (0, 10 + SLACK)), (0, (10 + SLACK, 2 * LARGE + 10 + SLACK))]
+
+
+def test_after_a_failure_a_span_is_begun_anew() -> None:
+    index, data = layer(LARGE)
+    reader = SpanReader([data])
+
+    async def test() -> None:
+        await reader.read(1, 0, 10)
+        index.failures[0] = [DamagedError("span 0 is bad")]
+        with pytest.raises(DamagedError, match="span 0 is bad"):
+            await reader.read(1, LARGE - 10, 10)
+        assert joined(await reader.read(1, LARGE - 10, 10)) == index.data[-10:]
+
+    run(test)
+    assert index.decoded == [(0, (0, 10 + SLACK)), (0, (10 + SLACK, LARGE)), (0, None)]
 
 
 def test_a_blocking_reader_decodes_again_what_is_there_only_in_part() -> None:
@@ -435,7 +491,7 @@ def test_a_blocking_reader_decodes_again_what_is_there_only_in_part() -> None:
     assert joined(reader.read_blocking(1, SLACK, 10)) == index.data[SLACK : SLACK + 10]
     assert len(index.decoded) == 1
     assert joined(reader.read_blocking(1, SLACK, 11)) == index.data[SLACK : SLACK + 11]
-    assert index.decoded == [(0, 10 + SLACK), (0, None)]
+    assert index.decoded == [(0, (0, 10 + SLACK)), (0, None)]
 
 
 def test_a_reader_near_the_end_decodes_the_whole_span() -> None:
@@ -468,7 +524,7 @@ def test_a_reader_that_needs_more_than_is_being_decoded_waits_and_then_gets_all(
 
     run(test)
     assert got == [index.data[:10], index.data[-10:]]
-    assert index.decoded == [(0, 10 + SLACK), (0, None)]
+    assert index.decoded == [(0, (0, 10 + SLACK)), (0, (10 + SLACK, LARGE))]
 
 
 def test_a_decoder_that_gives_too_little_is_damage() -> None:
@@ -575,7 +631,7 @@ def test_forward_readers_decode_whole_spans() -> None:
         await index.until_started(3)
 
     run(test)
-    assert sorted(index.decoded[1:]) == [(1, None), (2, None)]
+    assert sorted(index.decoded[1:], key=str) == [(1, None), (2, None)]
 
 
 def test_an_error_ahead_harms_nobody_and_the_reader_gets_its_own(caplog: pytest.LogCaptureFixture) -> None:

@@ -42,8 +42,6 @@ TRAILER_SIZE: Final = 8
 _FIRST_STEP: Final = 4096
 # Input is handed over in steps that double within a member. At a member's end the decompressor copies the step's unused
 # rest: in eStargz, with members of a few hundred bytes, handing over everything would copy a span thousands of times.
-_PARTIAL_STEP: Final = 1 << 17
-"""Bytes handed over first where not the whole span is wanted: 128 KiB."""
 
 _ERRORS: Final[tuple[type[Exception], ...]] = (zlib.error, cast("type[Exception]", isal_zlib.error))
 
@@ -101,6 +99,8 @@ class _Inflater(Protocol):
     def eof(self) -> bool: ...
     @property
     def unused_data(self) -> bytes: ...
+    @property
+    def unconsumed_tail(self) -> bytes: ...
     def decompress(self, data: bytes | memoryview, max_length: int = ..., /) -> bytes: ...
 
 
@@ -157,35 +157,31 @@ def inflate_span(
     window: bytes,
     size: int,
     at_header: bool,
-    need: int | None = None,
     inflate: Inflate = isal_zlib.decompressobj,
 ) -> bytes:
-    """Give the ``size`` bytes of a span, or only its first ``need`` ones.
-
-    ``stored`` are the blob's bytes from the one that the span starts in; ``bit`` (0 to 7, from the lowest) is where in
-    that byte. With ``at_header`` the span starts with a member header (``bit`` 0, no window); without, with a deflate
-    block. Never gives more than it was asked for, whatever the data says. Raises `DamagedError` if the data does not
-    decode, or ends before.
-    """
-    want = size if need is None else min(need, size)
-    # All at once where all is wanted: a call costs little, but after each a thread has to get the GIL back.
-    step = len(stored) if want == size else _PARTIAL_STEP
-    return _Span(memoryview(stored), bit, window, inflate, at_header=at_header).read(want, step)
+    """Give the first ``size`` bytes of a span; the rest as `SpanInflater`."""
+    return SpanInflater(stored, bit=bit, window=window, at_header=at_header, inflate=inflate).read(size)
 
 
-class _Span:
-    """One pass over a span's stored bytes."""
+class SpanInflater:
+    """A span being inflated, as far as somebody asks for it. Not to be used by two threads at once."""
 
     def __init__(
         self,
-        stored: memoryview,
+        stored: bytes | memoryview,
+        *,
         bit: int,
         window: bytes,
-        inflate: Inflate,
-        *,
         at_header: bool,
+        inflate: Inflate = isal_zlib.decompressobj,
     ) -> None:
-        self._stored = stored
+        """Begin at the span's beginning.
+
+        ``stored`` are the blob's bytes from the one that the span starts in; ``bit`` (0 to 7, from the lowest) is where in
+        that byte. With ``at_header`` the span starts with a member header (``bit`` 0, no window); without, with a deflate
+        block. Raises `DamagedError` if the first bits are none.
+        """
+        self._stored = memoryview(stored)
         self._inflate = inflate
         self._at = 0
         self._inflater: _Inflater | None = None
@@ -198,22 +194,27 @@ class _Span:
                 self._decompress(self._inflater, padding.whole + bytes((shared,)), 1)
                 self._at = 1
 
-    def read(self, want: int, step: int) -> bytes:
-        """Give the first ``want`` bytes, ``step`` stored bytes being handed over first. One piece is not copied."""
+    def read(self, size: int) -> bytes:
+        """Give the next ``size`` bytes, never more, whatever the data says.
+
+        Raises `DamagedError` if the data does not inflate, or ends before.
+        """
         pieces: list[bytes] = []
-        while want:
+        # All at once, mostly: a call costs little, but after each a thread has to get the GIL back.
+        step = max(size, _FIRST_STEP)
+        while size:
             inflater = self._inflater
             if inflater is None:
                 self._at = member_header_end(self._stored, self._at)
                 inflater = self._inflater = self._inflate(wbits=-15)
                 step = _FIRST_STEP if pieces else step
             chunk = self._stored[self._at : self._at + step]
-            if not chunk:
-                raise DamagedError("the gzip data ends before its recorded size is reached")
             self._at += len(chunk)
-            piece = self._decompress(inflater, chunk, want)
+            piece = self._decompress(inflater, chunk, size)
+            if not chunk and not piece:  # isal may have taken everything, and not given it yet
+                raise DamagedError("the gzip data ends before its recorded size is reached")
             pieces.append(piece)
-            want -= len(piece)
+            size -= len(piece)
             step *= 2
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
@@ -225,4 +226,6 @@ class _Span:
         if inflater.eof:
             self._at += TRAILER_SIZE - len(inflater.unused_data)
             self._inflater = None
+        else:
+            self._at -= len(inflater.unconsumed_tail)
         return piece

@@ -31,7 +31,7 @@ import struct
 from collections.abc import Callable, Iterator
 from typing import Final, NamedTuple, cast
 
-from isal import igzip_lib
+from isal import isal_zlib
 
 from ocifs.compression.gzip import MAX_WINDOW, TRAILER_SIZE, inflate_span, member_header_end
 from ocifs.errors import DamagedError
@@ -45,7 +45,7 @@ _FIRST_STEP: Final = 1 << 12
 _MAX_STEP: Final = 1 << 18
 # Steps double within a member, because the decompressor copies what a member leaves of one, and members may be tiny.
 
-_Error: Final = cast("type[Exception]", igzip_lib.error)
+_Error: Final = cast("type[Exception]", isal_zlib.error)
 
 _MAX_PIECE: Final = 4 << 20
 """Bytes given out at once at most, however much a step inflates to."""
@@ -54,14 +54,20 @@ _PROBE: Final = 32
 """Bytes fed at a time while a block is looked for: less than half of most headers, so that one piece falls within."""
 _MIN_PROBE: Final = 8
 """Where few different bytes occur headers are short: each search that fails halves the pieces, down to this."""
+_RUN_RATIO: Final = 64
+_RUN_PROBE: Final = 4
+"""Bytes fed where the data inflates more than 64-fold: zeros, mostly, whose blocks are 4 MiB in 4 KiB, their headers 13."""
 _PROBES: Final = 256
 _MAX_PROBES: Final = 1 << 14
-"""Pieces fed before a search is put off: 512 KiB, ten blocks of most compressors."""
+_MAX_SEARCHED: Final = 8 << 20
+"""Pieces fed before a search is put off, 512 KiB, ten blocks of most compressors; and bytes they may decode to."""
 _STORED_PROBE: Final = 1024
 _LAG: Final = 16
 """Bytes by which the header may begin before the piece in front of the silent one: what the decompressor had buffered."""
 
 
+_HEAD: Final = 10
+"""Bytes of a header that are looked at, up to the lengths of the code lengths' own code."""
 _MAX_CODE: Final = 15
 """Bits by which it may begin within the silent piece: the code that ends the block before gives no output either."""
 
@@ -135,7 +141,7 @@ class _Walk:
             self._at = self._header_end()
             self._begin_member()
             while not self._inflater.eof:
-                if self._since < self._due or not self._inflater.needs_input:
+                if self._since < self._due:
                     data = self._inflate(self._step)
                     self._step = min(2 * self._step, _MAX_STEP)
                     yield from self._out(data)
@@ -146,10 +152,9 @@ class _Walk:
     # --- members ----------------------------------------------------------------------------------------------------
 
     def _begin_member(self) -> None:
-        # It computes the checksum on its way, which costs nothing; headers and trailers are ours.
-        self._inflater = igzip_lib.IgzipDecompressor(igzip_lib.DECOMP_GZIP_NO_HDR)
+        self._inflater = isal_zlib.decompressobj(wbits=-15)
         self._step = _FIRST_STEP
-        self._member_size = 0
+        self._member_size = self._member_crc32 = 0
 
     def _header_end(self) -> int:
         size = _CHUNK
@@ -171,7 +176,7 @@ class _Walk:
         trailer = self._chunk[self._at - self._chunk_at :][:TRAILER_SIZE]
         if len(trailer) < TRAILER_SIZE:
             raise DamagedError("the gzip data ends within a member's trailer")
-        if struct.unpack("<II", trailer) != (self._inflater.crc, self._member_size & 0xFFFFFFFF):
+        if struct.unpack("<II", trailer) != (self._member_crc32, self._member_size & 0xFFFFFFFF):
             raise DamagedError("a gzip member's data does not match its trailer")
         self._at += TRAILER_SIZE
 
@@ -186,8 +191,6 @@ class _Walk:
     def _next(self, size: int) -> memoryview:
         """Give the next stored bytes, at most ``size``; at least one."""
         if self._at == self._chunk_at + len(self._chunk):
-            if self._at == self._size:
-                raise DamagedError("the gzip data is cut off")
             self._load(_CHUNK)
         return self._chunk[self._at - self._chunk_at :][:size]
 
@@ -199,20 +202,27 @@ class _Walk:
         return b"".join((before, self._chunk[: max(0, stop - self._chunk_at)]))
 
     def _inflate(self, size: int) -> bytes:
-        """Decode the next ``size`` stored bytes, or go on with what the decompressor still holds."""
-        return self._decompress(self._next(size) if self._inflater.needs_input else b"")
+        """Decode the next stored bytes, ``size`` at most, or as many as decode to `_MAX_PIECE`."""
+        if self._at < self._size:
+            return self._decompress(self._next(size))
+        data = self._decompress(memoryview(b""))  # isal may have taken everything, and not given it yet
+        if not data and not self._inflater.eof:
+            raise DamagedError("the gzip data is cut off")
+        return data
 
-    def _decompress(self, stored: bytes | memoryview) -> bytes:
+    def _decompress(self, stored: memoryview) -> bytes:
         try:
             data: bytes = self._inflater.decompress(stored, _MAX_PIECE)
         except _Error as error:
             raise _does_not_inflate(error) from None
-        self._at += len(stored)
-        if self._inflater.eof:
-            self._at -= len(self._inflater.unused_data)
-        self._member_size += len(data)
-        self._since += len(data)
+        self._at += len(stored) - len(self._inflater.unconsumed_tail) - len(self._inflater.unused_data)
+        self._decoded(data)
         return data
+
+    def _decoded(self, data: bytes) -> None:
+        self._member_size += len(data)
+        self._member_crc32 = isal_zlib.crc32(data, self._member_crc32)
+        self._since += len(data)
 
     def _out(self, data: bytes) -> Iterator[Piece]:
         if not data:
@@ -267,24 +277,28 @@ class _Walk:
         """
         probe = self._probe
         end = self._at + probe * _MAX_PROBES
-        until = self._since + max(self._span, _MAX_PIECE)
-        while self._at < end and self._since < until and not self._inflater.eof:
+        until = self._since + _MAX_SEARCHED
+        while self._at < min(end, self._size) and self._since < until and not self._inflater.eof:
             stored, data = self._fed(probe, out)
             if not data and len(stored) == probe and not self._inflater.eof:
                 start = max(self._chunk_before_at, self._at - 2 * probe - _LAG)
-                bits = _looks_dynamic(self._stored(start, self._at), 8 * (self._at - probe - start) + _MAX_CODE)
+                seen = self._stored(start, self._at + _HEAD)
+                bits = _looks_dynamic(seen, 8 * (self._at - probe - start) + _MAX_CODE)
                 return [_Candidate(start + bit // 8, bit % 8, 0) for bit in bits], b""
             out.append(data)
             if data == stored and len(data) == probe:
                 return self._stored_end(out)
+            if len(data) > _RUN_RATIO * probe:
+                probe = _RUN_PROBE
         return [], b""
 
     def _fed(self, probe: int, out: list[bytes]) -> tuple[memoryview, bytes]:
-        """Decode some pieces of ``probe`` bytes, until one gives nothing or itself; give the last and its data."""
+        """Decode some pieces of ``probe`` bytes, until one gives nothing, itself, or very much; give it and its data."""
         decompress, append = self._inflater.decompress, out.append
         before = len(out)
         chunk = self._next(_PROBES * probe)
         stored, data, end = chunk, b"", 0
+        much = _MAX_PIECE if probe == _RUN_PROBE else _RUN_RATIO * probe
         try:
             for at in range(0, len(chunk), probe):
                 if data:
@@ -292,22 +306,18 @@ class _Walk:
                 stored = chunk[at : at + probe]
                 data = decompress(stored, _MAX_PIECE)
                 end = at + len(stored)
-                if not data or data == stored:
+                if not data or data == stored or len(data) > much:
                     break
-        except EOFError:
-            data = b""  # the piece before was the member's last, and is in ``out``
         except _Error as error:
             raise _does_not_inflate(error) from None
         self._at += end - len(self._inflater.unused_data)
-        size = len(data) + sum(map(len, out[before:]))
-        self._member_size += size
-        self._since += size
+        self._decoded(b"".join((*out[before:], data)))
         return stored, data
 
     def _stored_end(self, out: list[bytes]) -> tuple[list[_Candidate], bytes]:
         """Decode stored data in larger pieces, as `_candidates`, until it ends."""
         at, stored, data = self._at, self._chunk[:0], b""
-        while data == stored and not self._inflater.eof:
+        while data == stored and self._at < self._size and not self._inflater.eof:
             out.append(data)
             at, stored = self._at, self._next(_STORED_PROBE)
             data = self._decompress(stored)

@@ -134,38 +134,38 @@ def _header(head: bytes, start: int) -> tuple[int, int | None, int, bool]:
     return size, content_size, window, bool(descriptor & 0x04)
 
 
-def inflate_frames(stored: bytes | memoryview, *, size: int, need: int | None = None) -> bytes:
-    """Give the ``size`` bytes of a run of whole frames, or only its first ``need`` ones.
+class FramesInflater:
+    """A run of whole frames being decompressed, as far as somebody asks for it. Not to be used by two threads at once."""
 
-    Never gives more than it was asked for. Raises `DamagedError` if the frames do not decode or hold less.
-    """
-    want = size if need is None else min(need, size)
-    data = _read(stored, want)
-    if len(data) < want:
-        raise DamagedError("the zstd data ends before its recorded size is reached")
-    return data
+    def __init__(self, stored: bytes | memoryview) -> None:
+        """Begin with the first frame."""
+        decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW)
+        self._reader = decompressor.stream_reader(stored, read_across_frames=True)
+
+    def read(self, size: int) -> bytes:
+        """Give the next ``size`` bytes, never more. Raises `DamagedError` if the frames do not decode or hold less."""
+        data = self.read_up_to(size)
+        if len(data) < size:
+            raise DamagedError("the zstd data ends before its recorded size is reached")
+        return data
+
+    def read_up_to(self, size: int) -> bytes:
+        """Give the next ``size`` bytes, or what there is."""
+        pieces: list[bytes] = []
+        try:
+            while size and (piece := self._reader.read(size)):
+                pieces.append(piece)
+                size -= len(piece)
+        except zstandard.ZstdError as error:
+            raise DamagedError(f"the zstd data does not decompress: {error}") from None
+        except MemoryError:
+            raise DamagedError("the zstd data asks for more memory than there is") from None
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
 def inflate_unsized(stored: bytes | memoryview, *, bound: int) -> bytes:
     """Give all that a run of whole frames holds; `DamagedError` if that is more than ``bound`` bytes."""
-    data = _read(stored, bound + 1)
+    data = FramesInflater(stored).read_up_to(bound + 1)
     if len(data) > bound:
         raise DamagedError("a zstd frame holds more than its blocks can")
     return data
-
-
-def _read(stored: bytes | memoryview, want: int) -> bytes:
-    if not want:
-        return b""
-    decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW)
-    pieces: list[bytes] = []
-    try:
-        with decompressor.stream_reader(stored, read_across_frames=True) as reader:
-            while want and (piece := reader.read(want)):
-                pieces.append(piece)
-                want -= len(piece)
-    except zstandard.ZstdError as error:
-        raise DamagedError(f"the zstd data does not decompress: {error}") from None
-    except MemoryError:
-        raise DamagedError("the zstd data asks for more memory than there is") from None
-    return pieces[0] if len(pieces) == 1 else b"".join(pieces)

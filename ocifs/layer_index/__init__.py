@@ -15,6 +15,7 @@ from ocifs.layer_index.format import (
     LayerRange,
     Mismatch,
     Span,
+    SpanDecoder,
     SpanTable,
     load,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "LayerRange",
     "Mismatch",
     "Span",
+    "SpanDecoder",
     "SpanTable",
     "StoredBytes",
     "build",

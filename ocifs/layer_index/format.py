@@ -78,16 +78,19 @@ import os
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
-from typing import BinaryIO, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, BinaryIO, Final, NamedTuple, Protocol
 
 import msgspec
 from isal import isal_zlib
 
 from ocifs.compression import Compression
-from ocifs.compression.gzip import MAX_WINDOW, inflate_span
+from ocifs.compression.gzip import MAX_WINDOW, SpanInflater
 from ocifs.errors import CacheDamagedError, DamagedError, StaleFormatError
 from ocifs.spec import DiffID, Digest
 from ocifs.tar import Damage, Entry, EntryType, Noticed, TarSummary, Trailing
+
+if TYPE_CHECKING:
+    from ocifs.compression.zstd import FramesInflater
 
 FORMAT_VERSION: Final = 1
 """Changing what is written, or what it means, is a format break: raise this, and old files are built again."""
@@ -366,52 +369,42 @@ class LayerIndex:
         stored = self._checked(span.window_offset, span.window_size, span.window_sha256, f"window {number}")
         return self._decompress(stored, MAX_WINDOW, MAX_WINDOW, f"window {number}")
 
-    def decode(
-        self, number: int, read_at: Callable[[int, int], bytes | memoryview], need: int | None = None
-    ) -> bytes | memoryview:
-        """Read span ``number``, verify the stored bytes, and give what they decode to; blocking, thread-safe.
+    def begin(self, number: int, read_at: Callable[[int, int], bytes | memoryview]) -> SpanDecoder:
+        """Read span ``number``, verify the stored bytes, and give what decodes them; blocking, thread-safe.
 
-        ``read_at(offset, size)`` reads the blob, or the re-framed copy if ``reframed``. With ``need`` only the span's
-        first ``need`` bytes are decoded. Raises `DamagedError` naming blob, span and blob_offset if the bytes are not
-        those that were indexed: then nothing is decoded at all. It is a `CacheDamagedError` where the index or the
-        re-framed copy is to blame, not the blob.
+        ``read_at(offset, size)`` reads the blob, or the re-framed copy if ``reframed``. Raises `DamagedError` naming blob,
+        span and blob_offset if the bytes are not those that were indexed: then nothing is decoded at all. It is a
+        `CacheDamagedError` where the index or the re-framed copy is to blame, not the blob.
         """
         span = self.spans[number]
+
+        def failed(why: str, cache: bool) -> DamagedError:  # noqa: FBT001 (of one caller)
+            return self._bad_span(number, span, why, cache=cache)
+
         stored = read_at(span.blob_offset, span.blob_size)
         if len(stored) != span.blob_size:
             raise self._bad_span(number, span, f"only {len(stored)} of its bytes are left")
         if hashlib.sha256(stored).digest() != span.sha256:
             raise self._bad_span(number, span, "its bytes have changed since the index was built")
         try:
-            data = self._inflate(number, span, stored, need)
-        except CacheDamagedError as error:
-            raise self._bad_span(number, span, str(error), cache=True) from None
+            inflater = self._inflater(number, span, stored)
         except DamagedError as error:
-            raise self._bad_span(number, span, str(error)) from None
-        # The stored bytes are the indexed ones, so a difference here means a bug, in this program or what it stands on.
-        if len(data) == span.size and not self._is_plain and isal_zlib.crc32(data) != span.crc32:
-            raise self._bad_span(number, span, f"it decodes to other bytes than at indexing; {_ADVICE}", cache=True)
-        return data
+            raise self._bad_span(number, span, str(error), cache=isinstance(error, CacheDamagedError)) from None
+        return SpanDecoder(stored, inflater, span, failed)
 
-    @property
-    def _is_plain(self) -> bool:
-        return not self.reframed and self.compression is Compression.PLAIN
-
-    def _inflate(self, number: int, span: Span, stored: bytes | memoryview, need: int | None) -> bytes | memoryview:
+    def _inflater(self, number: int, span: Span, stored: bytes | memoryview) -> SpanInflater | FramesInflater | None:
         if self.reframed or self.compression is Compression.ZSTD:
-            from ocifs.compression.zstd import inflate_frames  # noqa: PLC0415 (see `_decompress`)
+            from ocifs.compression.zstd import FramesInflater  # noqa: PLC0415 (see `_decompress`)
 
-            return inflate_frames(stored, size=span.size, need=need)
+            return FramesInflater(stored)
         if self.compression is Compression.GZIP:
-            return inflate_span(
-                stored,
-                bit=span.bit,
-                window=self.window(number),
-                size=span.size,
-                at_header=span.at_header,
-                need=need,
-            )
-        return stored if need is None else stored[:need]
+            return SpanInflater(stored, bit=span.bit, window=self.window(number), at_header=span.at_header)
+        return None
+
+    def decode(self, number: int, read_at: Callable[[int, int], bytes | memoryview]) -> bytes | memoryview:
+        """Give all that span ``number`` decodes to; arguments and errors as `begin` and `SpanDecoder.read`."""
+        decoder = self.begin(number, read_at)
+        return decoder.read(decoder.left)
 
     def _bad_span(self, number: int, span: Span, why: str, *, cache: bool = False) -> DamagedError:
         what = f"the re-framed copy of blob {self.digest}" if self.reframed else f"blob {self.digest}"
@@ -458,6 +451,50 @@ class LayerIndex:
         if self.on_damage is not None:
             self.on_damage()
         return CacheDamagedError(f"the layer index {self.name} is damaged: {why}; {_ADVICE}")
+
+
+class SpanDecoder:
+    """A span whose stored bytes were verified, being decoded as far as somebody asks for it.
+
+    Blocking; not to be used by two threads at once. After an error it is of no more use.
+    """
+
+    def __init__(
+        self,
+        stored: bytes | memoryview,
+        inflater: SpanInflater | FramesInflater | None,
+        span: Span,
+        failed: Callable[[str, bool], DamagedError],
+    ) -> None:
+        self._stored = stored
+        self._inflater = inflater
+        self._span = span
+        self._failed = failed
+        self._crc32 = 0
+        self.left = span.size
+        """Bytes that `read` has not given yet."""
+
+    @property
+    def held(self) -> int:
+        """Bytes of memory that it keeps until all is read."""
+        return len(self._stored)
+
+    def read(self, size: int) -> bytes | memoryview:
+        """Give the next ``size`` bytes, at most what is left. Raises `DamagedError` as `LayerIndex.begin` does."""
+        size = min(size, self.left)
+        at = self._span.size - self.left
+        self.left -= size
+        if self._inflater is None:
+            return self._stored if size == len(self._stored) else memoryview(self._stored)[at : at + size]
+        try:
+            data = self._inflater.read(size)
+        except DamagedError as error:
+            raise self._failed(str(error), False) from None  # noqa: FBT003
+        self._crc32 = isal_zlib.crc32(data, self._crc32)
+        # The stored bytes are the indexed ones, so a difference means a bug, in this program or what it stands on.
+        if not self.left and self._crc32 != self._span.crc32:
+            raise self._failed(f"it decodes to other bytes than at indexing; {_ADVICE}", True)  # noqa: FBT003
+        return data
 
 
 def load(file: RandomAccess) -> LayerIndex:

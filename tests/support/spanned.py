@@ -54,7 +54,8 @@ class FakeIndex:
         self.data = data
         self.layer_size = len(data)
         self.spans = FakeSpans(sizes)
-        self.decoded: list[tuple[int, int | None]] = []
+        self.decoded: list[tuple[int, tuple[int, int] | None]] = []
+        """Spans in the order of decoding, each with what was decoded of it, from and to; None for all of it."""
         self.failures: dict[int, list[Exception]] = {}
         self.running = self.most = 0
         self.short: set[int] = set()
@@ -62,9 +63,18 @@ class FakeIndex:
         self.held: dict[int, threading.Event] = {}
         self.started = threading.Semaphore(0)
 
-    def decode(self, number: int, _read_at: object, need: int | None = None) -> bytes:
+    def begin(self, number: int, _read_at: object) -> FakeDecoder:
+        return FakeDecoder(self, number)
+
+    def decode(self, number: int, read_at: object) -> bytes:
+        decoder = self.begin(number, read_at)
+        return decoder.read(decoder.left)
+
+    def work(self, number: int, start: int, stop: int) -> bytes:
+        """Decode part of a span, with all that was asked to happen then."""
+        offset, size = self.spans.layer_range(number)
         with self._lock:
-            self.decoded.append((number, need))
+            self.decoded.append((number, None if (start, stop) == (0, size) else (start, stop)))
             self.running += 1
             self.most = max(self.most, self.running)
         self.started.release()
@@ -73,9 +83,7 @@ class FakeIndex:
                 assert self.held[number].wait(SECONDS)
             if self.failures.get(number):
                 raise self.failures[number].pop(0)
-            offset, size = self.spans.layer_range(number)
-            stop = offset + (size if need is None else min(size, need))
-            return self.data[offset : stop - (number in self.short)]
+            return self.data[offset + start : offset + stop - (number in self.short)]
         finally:
             with self._lock:
                 self.running -= 1
@@ -83,6 +91,20 @@ class FakeIndex:
     async def until_started(self, count: int = 1) -> None:
         for _ in range(count):
             assert await trio.to_thread.run_sync(lambda: self.started.acquire(timeout=SECONDS))
+
+
+class FakeDecoder:
+    held = 7
+
+    def __init__(self, index: FakeIndex, number: int) -> None:
+        self._index = index
+        self._number = number
+        self._size = self.left = index.spans.layer_range(number).size
+
+    def read(self, size: int) -> bytes:
+        start = self._size - self.left
+        self.left -= min(size, self.left)
+        return self._index.work(self._number, start, self._size - self.left)
 
 
 class NoBytes:
