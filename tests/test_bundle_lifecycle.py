@@ -417,6 +417,27 @@ def test_an_overlay_too_many_gets_a_sentence(image: str, box: Path, tmp_path: Pa
     assert "one level less with --driver fuse" in refused[0]
 
 
+def test_a_bundle_behind_a_link_is_where_the_link_leads(image: str, tmp_path: Path, driver: str) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    with bundled(image, tmp_path / "link" / "box", "--driver", driver):
+        assert load(tmp_path / "link" / "box").lower == str(tmp_path / "real/box/lower")
+        assert ocifs("unbundle", "--delete", tmp_path / "link" / "box").returncode == 0
+        assert gone(tmp_path / "real" / "box")
+
+
+def test_a_bundle_that_was_moved_is_ended_where_it_is(image: str, box: Path, tmp_path: Path, driver: str) -> None:
+    moved = tmp_path / "moved"
+    with bundled(image, box, "--driver", driver):
+        box.rename(moved)
+        try:
+            assert in_container(moved, "cat /etc/motd") == (0, "from the image\n", "")
+            assert ocifs("unbundle", "--delete", moved).returncode == 0
+            assert gone(moved)
+        finally:
+            clear_away(moved)
+
+
 @pytest.mark.parametrize("name", ["a,b", "a:b", "a\\b", "a b", "a\nb", "ä", "a=b'\""])
 def test_any_name_of_a_bundle_works(image: str, tmp_path: Path, name: str) -> None:
     with bundled(image, tmp_path / name):

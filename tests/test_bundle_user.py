@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import subprocess
 from typing import TYPE_CHECKING
@@ -113,6 +114,23 @@ def test_a_user_makes_read_only_bundles(user: User) -> None:
     done = run([*user.words, *command("bundle", image, box)])
     assert done.returncode == 6
     assert "only root can put a writable layer over an image; say --read-only, or use 'ocifs run'" in done.stderr
+    assert not box.exists()
+
+
+def test_such_a_bundle_runs_in_a_namespace_of_the_runtimes_own(user: User) -> None:
+    image, box = image_of(user), user.home / "box"
+    (user.home / "patch").write_text('{"process": {"terminal": false}}')
+    make = [
+        *command("bundle", "--read-only", "--config-patch", user.home / "patch", image, box),
+        "/bin/sh",
+        "-c",
+        "id -u",
+    ]
+    start = ["runc", "--root", str(user.home / "runc"), "run", "--bundle", str(box), "test-of-a-user"]
+    end = command("unbundle", "--delete", box)
+    script = " && ".join(shlex.join(words) for words in (make, start, end))  # all in one mount namespace
+    done = run([*user.words, "sh", "-c", script])
+    assert (done.returncode, done.stdout, done.stderr) == (0, "0\n", "")
     assert not box.exists()
 
 

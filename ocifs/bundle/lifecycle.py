@@ -69,7 +69,7 @@ def make_bundle(directory: Path, opening: Opening, plan: Plan) -> State:
 
     Raises `BusyError`, `UsageError`, `MachineError` or what opening and mounting raise; nothing is left then.
     """
-    directory = Path(os.path.abspath(directory))
+    directory = Path(os.path.realpath(directory))  # as mountinfo will have it
     _check(directory, plan)
     with ExitStack() as opened:
         image = opened.enter_context(opening(plan.options))
@@ -324,10 +324,10 @@ def end_bundle(directory: Path, *, delete: bool = False) -> None:
     naming the processes if a container runs on it.
     """
     directory = Path(os.path.realpath(directory))
-    made = state.load(directory)
-    rootfs, memory = directory / "rootfs", directory / "memory"
-    _check_free(rootfs)
-    for place in dict.fromkeys((rootfs, Path(made.lower), memory)):
+    state.load(directory)
+    _check_free(directory / "rootfs")
+    # Not by the paths in its state: the directory may have been renamed.
+    for place in (directory / "rootfs", directory / "lower", directory / "memory"):
         _take_down(place)
         _remove_directory(place)
     if delete:

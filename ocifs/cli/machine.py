@@ -16,7 +16,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import click
 import msgspec
@@ -25,9 +25,6 @@ from ocifs.cli import options as opt
 from ocifs.cli import output
 from ocifs.cli.options import Choice
 from ocifs.errors import MachineError, OcifsError
-
-if TYPE_CHECKING:
-    from ocifs.mountinfo import MountEntry
 
 _PYTHON: Final = (3, 11)
 _CAP_SYS_ADMIN: Final = 21
@@ -142,16 +139,10 @@ def _cache(choice: Choice) -> Finding:
 
 
 def _file_system(path: Path) -> str:
-    """The type of the file system that a path is on: of the mount whose place is the longest start of it."""
-    from ocifs.mountinfo import mounts  # noqa: PLC0415
+    from ocifs.mountinfo import mount_holding  # noqa: PLC0415
 
-    real = os.fsencode(os.path.realpath(path))
-
-    def holds(entry: MountEntry) -> bool:
-        return real == entry.mountpoint or real.startswith(entry.mountpoint.rstrip(b"/") + b"/")
-
-    found = [entry for entry in mounts() if holds(entry)]
-    return max(found, key=lambda entry: len(entry.mountpoint)).fs_type if found else "unknown"
+    there = mount_holding(path)
+    return there.fs_type if there is not None else "unknown"
 
 
 def _fuse_device() -> Finding:

@@ -45,17 +45,7 @@ def cat(choice: Choice, ref: str, paths: tuple[str, ...]) -> None:
     then the highest of all.
     """
     with opt.opened_view(choice, ref) as (_, view):
-        worst = 0
-        for path in map(opt.inside, paths):
-            try:
-                _write_file(view, path)
-            except OcifsError as error:
-                if len(paths) == 1:
-                    raise
-                output.complain(str(error))
-                worst = max(worst, error.exit_code)
-        if worst:
-            raise click.exceptions.Exit(worst)
+        opt.for_each(paths, lambda path: _write_file(view, opt.inside(path)))
 
 
 def _write_file(view: RootFS, path: bytes) -> None:
