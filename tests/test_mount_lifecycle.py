@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import select
 import signal
@@ -453,6 +454,27 @@ def test_ps_lists_a_killed_daemon_as_dead_until_its_mount_is_gone(
             assert (record["state"], record["reference"]) == ("dead", image)
         assert run(["umount", str(mount.path)]).returncode == 0
         assert record_of(mount.path) is None
+
+
+def test_a_record_of_a_dead_daemon_says_nothing_about_who_has_its_number_now(
+    image: str, cache: Path, tmp_path: Path, driver: str
+) -> None:
+    """The kernel gives numbers of file systems (st_dev) again as soon as they are free."""
+    with mounted(image, tmp_path / "old", driver=driver, cache=cache, ended=True) as old:
+        _kill(old)
+        assert run(["umount", str(old.path)]).returncode == 0
+        stale = Path(old.record["log"]).with_suffix(".json")
+        kept = json.loads(stale.read_text())
+        with mounted(image, tmp_path / "mnt", driver=driver, cache=cache) as mount:
+            number = os.fsencode(json.dumps({**kept, "device": mount.record["device"]}))
+            stale.write_bytes(number)
+            assert ocifs("umount", "--dead", mount.path).returncode == 0
+            assert ocifs("mount", "--cache-dir", cache, image, mount.path).returncode == 7
+            assert agent("read", mount.at("file"), 0, 100) == CONTENT.hex()
+            stale.write_bytes(number)
+            listed = [one for one in records() if one["device"] == mount.record["device"]]
+            assert [(one["pid"], one["state"]) for one in listed] == [(mount.pid, "live")]
+            assert not stale.exists()
 
 
 def test_ps_lists_a_daemon_whose_mount_is_out_of_sight_as_detached(

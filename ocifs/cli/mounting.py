@@ -87,16 +87,20 @@ def mount_on(
 
 @click.command(epilog=opt.examples("ocifs umount /mnt", "ocifs umount --lazy /mnt/a /mnt/b"))
 @click.option("-l", "--lazy", is_flag=True, help="Take it out of sight now, even if it is in use; do not wait.")
+@click.option("--dead", is_flag=True, help="Only clean up after a daemon that was killed; leave alone what is served.")
 @click.argument("directories", metavar="DIR…", nargs=-1, required=True, shell_complete=_complete_mountpoint)
 @opt.plain_options
-def umount(choice: Choice, directories: tuple[str, ...], *, lazy: bool) -> None:  # noqa: ARG001 (-v has done what it does)
+def umount(choice: Choice, directories: tuple[str, ...], *, lazy: bool, dead: bool) -> None:  # noqa: ARG001 (-v has done what it does)
     """Unmount what ocifs mounted, and return when its daemon is gone. Cleans up after a daemon that was killed."""
     from ocifs import daemon  # noqa: PLC0415
 
     worst = 0
     for directory in directories:
         try:
-            daemon.unmount(Path(directory), lazy=lazy)
+            if dead:
+                daemon.clean_up(Path(directory))
+            else:
+                daemon.unmount(Path(directory), lazy=lazy)
         except OcifsError as error:
             if len(directories) == 1:
                 raise

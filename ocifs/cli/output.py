@@ -93,8 +93,20 @@ def complain(message: str) -> None:
         return
     with contextlib.suppress(OSError, ValueError):
         flush_quietly()
-        sys.stderr.write(f"ocifs: {printable(message)}\n")
+        sys.stderr.write(_as_error(f"ocifs: {printable(message)}") + "\n")
         sys.stderr.flush()
+
+
+def _as_error(line: str) -> str:
+    """The line with its priority in front if standard error is the system journal."""
+    if "JOURNAL_STREAM" not in os.environ:
+        return line
+    import logging  # noqa: PLC0415
+
+    from ocifs.daemon.logs import goes_to_journal, with_priority  # noqa: PLC0415 (only what systemd started)
+
+    level = logging.WARNING if line.startswith("ocifs: warning:") else logging.ERROR
+    return with_priority(line, level) if goes_to_journal() else line
 
 
 def flush_quietly() -> None:

@@ -21,7 +21,7 @@ How a mount ends
 =============  ==================================================================
 """
 
-from ocifs.daemon.mountpoints import check_machine, prepare_mountpoint, statistics_at, unmount, users_of
+from ocifs.daemon.mountpoints import check_machine, clean_up, prepare_mountpoint, statistics_at, unmount, users_of
 from ocifs.daemon.records import FS_TYPES, Claim, Listed, Record, State, records, runtime_dir
 from ocifs.daemon.running import now_ns, private_place, run_background, run_foreground
 
@@ -32,6 +32,7 @@ __all__ = [
     "Record",
     "State",
     "check_machine",
+    "clean_up",
     "now_ns",
     "prepare_mountpoint",
     "private_place",

@@ -113,6 +113,14 @@ def unmounted(path: Path, *, lazy: bool) -> None:
         raise MachineError(message) from error
 
 
+def clean_up(mountpoint: Path) -> None:
+    """Unmount ``mountpoint`` if it is a dead mount of ours; leave alone everything else."""
+    path = real(mountpoint)
+    with found_at(path) as (there, _, alive):
+        if there is not None and not alive:
+            unmounted(path, lazy=True)
+
+
 def unmount(mountpoint: Path, *, lazy: bool = False, patience: float = GOODBYE) -> None:
     """Unmount ``mountpoint`` and return when its daemon is gone. Cleans up after a daemon that was killed.
 

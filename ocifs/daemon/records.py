@@ -322,8 +322,9 @@ def found_at(path: Path) -> Iterator[tuple[MountEntry | None, Record | None, boo
 
 
 def _is_dead(path: Path) -> bool:
+    """Whether nobody serves a FUSE mount any more, as far as this user may ask."""
     try:
-        os.stat(path)
+        os.statvfs(path)  # not stat(2), which the kernel answers from what it remembers
     except OSError as error:
         return error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
     return False
