@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
@@ -26,10 +26,7 @@ from tests.support.containers import (
     write_image,
 )
 from tests.support.mounting import DRIVERS, Process, ocifs, patched, record_of, run, why_not
-from tests.support.tarball import DIR, entry
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from tests.support.tarball import DIR, HARDLINK, entry
 
 pytestmark = needs_containers
 
@@ -379,6 +376,31 @@ def test_a_bundle_is_not_ended_under_a_shell_in_it(image: str, box: Path) -> Non
         done = ocifs("unbundle", box)
         assert done.returncode == 7
         assert f"{box}/rootfs is in use by sh (pid {shell.pid}); end them first" in done.stderr
+
+
+def test_writes_of_every_kind_work_and_nothing_is_stale(tmp_path: Path, box: Path, driver: str) -> None:
+    """While a container has files open, the kernel forgets what it knows of the image, again and again."""
+    tree = [entry(f"srv/tree/{name}", name.encode()) for name in ("a", "b")]
+    image = write_image(tmp_path / "image", *tree, entry("srv/other", type=HARDLINK, link="srv/kept", mode=0o644))
+    rounds = (
+        "exec 3< /srv/kept; echo up; read x; cat /srv/tree/a; echo; "
+        "read x; echo more >> /srv/other; cat /srv/kept /srv/other; "  # a hard link parts when it is written
+        "read x; mv /srv/tree /srv/moved; ls /srv/moved; ls /srv; "  # a directory is copied instead of renamed
+        "read x; rm -r /srv/moved; mkdir /srv/tree; ls -A /srv/tree; "  # an opaque directory
+        "read x; ln /etc/motd /etc/same; echo mine > /etc/same; cat /etc/motd; cat <&3; "
+        "read x; rm /srv/gone; echo again > /srv/gone; cat /srv/gone"
+    )
+    with bundled(image, box, "--driver", driver, arguments=("/bin/sh", "-c", rounds)):
+        words = ["runc", "run", "--bundle", str(box), name_of(box)]
+        with running(words, until="up") as container:
+            assert container.stdin is not None
+            for _ in range(6):
+                Path("/proc/sys/vm/drop_caches").write_text("2")
+                container.stdin.write("\n")
+                container.stdin.flush()
+            out, err = container.communicate(timeout=60)
+        assert (container.returncode, err) == (0, "")
+        assert out == "a\nkept\nkept\nmore\na\nb\ngone\nkept\nmoved\nother\nmine\nkept\nagain\n"
 
 
 # -- overlays ------------------------------------------------------------------------------------------------------
