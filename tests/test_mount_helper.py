@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ocifs.cli.helper import split
+from ocifs.cli.fstab import split
 from tests.support.command import OCIFS, SAMPLE
 from tests.support.mounting import LIMIT, environment, records, run, why_not
 

@@ -17,7 +17,7 @@ this module        `main`: the one place where errors become sentences and exit 
 `caching`          ``cache info|ls|gc|clear``
 `machine`          ``doctor``
 `shell`            ``completion``
-`helper`           ``install-helper``, ``mount-helper``
+`fstab`            ``install-helper``, ``mount-helper``
 =================  ====================================================================================================
 
 Start-up time is part of the interface: this module and `commands` import nothing but click, a family's module imports

@@ -53,8 +53,8 @@ FAMILIES: Final[dict[str, dict[str, Place]]] = {
         "cache": Place("caching", "cache", "Show and clean the cache."),
         "doctor": Place("machine", "doctor", "Say what this machine can do, and how to change it."),
         "completion": Place("shell", "completion", "Print a shell's completion script."),
-        "install-helper": Place("helper", "install_helper", "Let mount(8) and fstab mount images."),
-        "mount-helper": Place("helper", "mount_helper", "Be mount(8)'s helper for the type fuse.ocifs."),
+        "install-helper": Place("fstab", "install_helper", "Let mount(8) and fstab mount images."),
+        "mount-helper": Place("fstab", "mount_helper", "Be mount(8)'s helper for the type fuse.ocifs."),
     },
 }
 PLACES: Final = {name: place for family in FAMILIES.values() for name, place in family.items()}
