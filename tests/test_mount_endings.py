@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from ocifs import mountinfo
+from ocifs.daemon import runtime_dir
 from tests.support import layout
 from tests.support.mounting import (
     LIMIT,
@@ -28,6 +29,7 @@ from tests.support.mounting import (
     patched,
     record_of,
     run,
+    start,
 )
 from tests.support.tarball import entry, tarball
 
@@ -79,6 +81,103 @@ def test_a_signal_that_comes_before_the_mount_is_ready_ends_it(image: str, tmp_p
         assert record_of(path) is None
     finally:
         force_away(path)
+
+
+SIGNALLED = """
+import functools, importlib, os, signal
+module, _, name = os.environ["AT"].partition(":")
+owner = importlib.import_module(module)
+*path, last = name.split(".")
+for part in path:
+    owner = getattr(owner, part)
+plain = getattr(owner, last)
+@functools.wraps(plain)
+def signalled(*words, **more):
+    os.kill(os.getpid(), int(os.environ["NUMBER"]))
+    return plain(*words, **more)
+setattr(owner, last, signalled)
+"""
+"""Sends the process a signal just as it calls a function."""
+
+PHASES = [
+    "ocifs.image:_open_image",
+    "ocifs.image.indexing:Indexing.finish",
+    "ocifs.image:run_forked",
+    "ocifs.daemon.running:_fork_daemon",
+    "ocifs.daemon.running:_daemon",
+    "pyfuse3:init",
+    "ocifs.driver.session:Session._start",
+    "ocifs.driver.serving:raise_readahead",
+    "ocifs.daemon.running:_Kept._attached",
+    "ocifs.daemon.running:_Kept._ready",
+]
+"""From the claim on: documents, indexing, merging, forking, mounting, before and after the mount can be seen."""
+
+
+@pytest.mark.parametrize(
+    ("phase", "number"),
+    [
+        *((phase, number) for phase in PHASES for number in (signal.SIGTERM, signal.SIGKILL)),
+        *((phase, signal.SIGINT) for phase in PHASES[1::3]),
+    ],
+)
+def test_whatever_signal_comes_in_whatever_phase_the_place_is_free_afterwards(
+    image: str, tmp_path: Path, phase: str, number: signal.Signals
+) -> None:
+    path, cache = tmp_path / "mnt", tmp_path / "cache"
+    path.mkdir()
+    before = set(runtime_dir().iterdir())
+    words = ["mount", "--cache-dir", str(cache), image, str(path)]
+    env = {"AT": phase, "NUMBER": str(int(number))}
+    try:
+        done = run(patched(SIGNALLED, *words), env=env, stderr=subprocess.DEVNULL)
+        assert number is not signal.SIGKILL or done.returncode != 0
+        for _ in range(100):  # a daemon whose starter was ended finds out when it is ready
+            found = record_of(path)
+            if found is None or found["state"] == "dead":
+                break
+        if number is not signal.SIGKILL:
+            assert not in_mountinfo(path)
+        with mounted(image, path, driver="auto", cache=cache) as mount:
+            assert agent("read", mount.at("file"), 0, 100) == CONTENT.hex()
+        assert record_of(path) is None
+        new = {one for one in runtime_dir().iterdir() if one not in before and one.suffix != ".log"}
+        assert {one for one in new if one.name.startswith(Path(mount.record["log"]).stem)} == set()
+    finally:
+        force_away(path)
+
+
+CALLER = """
+import signal
+signal.signal(signal.SIGTERM, lambda *_: None)
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGALRM, signal.SIGUSR1})
+"""
+
+
+def test_a_daemon_takes_signals_whatever_its_caller_did_with_them(image: str, tmp_path: Path, driver: str) -> None:
+    with mounted(image, tmp_path / "mnt", driver=driver, cache=tmp_path / "cache", code=CALLER, ended=True) as mount:
+        status = Path(f"/proc/{mount.pid}/status").read_text("utf-8")
+        assert next(line for line in status.splitlines() if line.startswith("SigBlk:")).split()[1] == "0" * 16
+        mount.process.signal(signal.SIGTERM)
+        assert mount.process.gone()
+        assert not in_mountinfo(mount.path)
+
+
+def test_a_suspended_reader_keeps_nobody_else_waiting(image: str, tmp_path: Path, driver: str) -> None:
+    with mounted(image, tmp_path / "mnt", driver=driver, cache=tmp_path / "cache") as mount:
+        suspended = start("hold", mount.at("file"))
+        assert suspended.stderr is not None
+        try:
+            assert suspended.stderr.readline()
+            suspended.send_signal(signal.SIGSTOP)
+            assert agent("read", mount.at("file"), 0, 100) == CONTENT.hex()
+            done = ocifs("umount", mount.path)
+            assert done.returncode == 7
+            assert f"(pid {suspended.pid})" in done.stderr
+            assert ocifs("ps").returncode == 0
+        finally:
+            suspended.kill()
+            suspended.communicate()
 
 
 def test_further_signals_do_not_keep_the_first_from_ending_in_order(image: str, tmp_path: Path, driver: str) -> None:

@@ -443,6 +443,19 @@ def test_the_next_umount_removes_a_dead_mount(image: str, cache: Path, tmp_path:
         assert nothing_left(mount.path)
 
 
+def test_ps_leaves_alone_what_is_no_record() -> None:
+    for name in ("erofs-probe.json", "something.json"):
+        other = daemon.runtime_dir() / name
+        kept = other.read_bytes() if other.exists() else None
+        other.write_bytes(kept or b"{}")
+        try:
+            assert ocifs("ps").returncode == 0
+            assert other.exists()
+        finally:
+            if kept is None:
+                other.unlink()
+
+
 def test_ps_lists_a_killed_daemon_as_dead_until_its_mount_is_gone(
     image: str, cache: Path, tmp_path: Path, driver: str
 ) -> None:

@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from ocifs import kernel
 from ocifs.errors import BusyError, MachineError
 from ocifs.mountinfo import MountEntry, mount_of, mounted_at
 
@@ -213,6 +214,11 @@ def _read_record(fd: int) -> Record | None:
         return None  # claimed, not yet written
 
 
+def _paths() -> Iterator[Path]:
+    """Records of places; what else is JSON in the runtime directory is somebody else's."""
+    return runtime_dir().glob("[0-9a-f]" * 32 + ".json")
+
+
 class State(enum.Enum):
     """How a mount is."""
 
@@ -234,7 +240,7 @@ def records() -> list[Listed]:
     """Every mount of this user, oldest first. Records of dead daemons whose mount is gone are removed on the way."""
     found = []
     with _serialised(), contextlib.ExitStack() as opened:
-        paths = (*runtime_dir().glob("*.json"), *runtime_dir().glob("*.aside"))
+        paths = (*_paths(), *runtime_dir().glob("*.aside"))
         seen = [(path, *opened.enter_context(_looked_at(path))) for path in paths]
         served = {record.device for _, record, alive in seen if record is not None and alive}
         for path, record, alive in seen:
@@ -261,7 +267,9 @@ def _forget_leftovers() -> None:
     for place in runtime_dir().glob("*.devices"):
         pid = place.stem.rpartition("-")[2]
         if pid.isdigit() and not Path(f"/proc/{pid}").exists():
-            with contextlib.suppress(OSError):  # still mounted: the next mount at its place sees to it
+            with contextlib.suppress(OSError):
+                if mounted_at(place) is not None:  # killed while it mounted
+                    kernel.umount2(os.fsencode(place), kernel.MNT_DETACH)
                 place.rmdir()
     for log in runtime_dir().glob("*.log"):
         with contextlib.suppress(FileNotFoundError):
@@ -308,7 +316,7 @@ def found_at(path: Path) -> Iterator[tuple[MountEntry | None, Record | None, boo
     """
     with _serialised(), contextlib.ExitStack() as opened:
         there = mounted_at(path)
-        theirs = [opened.enter_context(_looked_at(one)) for one in runtime_dir().glob("*.json")]
+        theirs = [opened.enter_context(_looked_at(one)) for one in _paths()]
         ours = [(record, alive) for record, alive in theirs if record is not None and is_of(record, there)]
         record, alive = max(ours, key=lambda one: one[1], default=(None, False))  # a living one if there is one
         if there is None or (record is None and there.fs_type != FS_TYPES["fuse"]):

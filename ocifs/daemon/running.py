@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -136,6 +137,7 @@ def _daemon(serve: Serve, record: Record, claim: Claim, tell: int) -> NoReturn:
     try:
         os.setsid()
         os.chdir("/")
+        _forget_handlers()
         _close_inherited(keep=(tell,))
         log_to_background(claim.log)
         null = os.open(os.devnull, os.O_RDWR)
@@ -167,6 +169,15 @@ def _daemon(serve: Serve, record: Record, claim: Claim, tell: int) -> NoReturn:
         logging.shutdown()
         # Not sys.exit: nothing of the parent's (its atexit functions, its buffers) may run in the child.
         os._exit(status)
+
+
+def _forget_handlers() -> None:
+    """Take signals as a program that has just begun does: what the caller did with them is not for its daemon."""
+    signal.set_wakeup_fd(-1)
+    for number in signal.valid_signals():
+        if callable(signal.getsignal(number)):
+            signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
 def _close_inherited(keep: Sequence[int]) -> None:

@@ -241,7 +241,8 @@ def mounted(
     A mount that does not come about, or does not end when it should, fails the test; with ``ended`` the test ends it.
     ``code`` is run first in the process that mounts (see `patched`).
     """
-    path.mkdir(parents=True, exist_ok=True)
+    if not in_mountinfo(path):  # else it is there, and what is mounted may be dead
+        path.mkdir(parents=True, exist_ok=True)
     words = [
         "mount",
         "--driver",
