@@ -117,9 +117,15 @@ def name_of(directory: Path) -> str:
 
 
 def runc(directory: Path, *, limit: float = 60.0) -> subprocess.CompletedProcess[str]:
-    """Run the bundle's container to its end."""
+    """Run the bundle's container to its end; what runc itself has to say counts only if it fails."""
+    log = directory.with_name(directory.name + ".log")
+    log.unlink(missing_ok=True)
     try:
-        return run(["runc", "run", "--bundle", str(directory), name_of(directory)], limit=limit)
+        words = ["runc", "--log", str(log), "run", "--bundle", str(directory), name_of(directory)]
+        done = run(words, limit=limit)
+        if done.returncode and log.exists():
+            done.stderr += log.read_text()
+        return done
     finally:
         run(["runc", "delete", "--force", name_of(directory)])
 
