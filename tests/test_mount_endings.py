@@ -147,6 +147,34 @@ def test_whatever_signal_comes_in_whatever_phase_the_place_is_free_afterwards(
         force_away(path)
 
 
+RECYCLED = """
+import os
+from ocifs.driver import serving, session
+mounted_at, ours = session.mounted_at, []
+def remembered(place):
+    found = mounted_at(place)
+    ours.extend([found] if found is not None else [])
+    return found
+session.mounted_at = remembered
+session.mount_of = lambda device: ours[0]._replace(mountpoint=os.fsencode(os.environ["VICTIM"]))
+"""
+"""Has the numbers of a mount lead to another one by the time it is gone, as they do when somebody mounts just then."""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a tmpfs")
+def test_a_daemon_that_ends_unmounts_nothing_that_has_got_its_numbers(image: str, tmp_path: Path, driver: str) -> None:
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", victim], check=True)
+    try:
+        env, cache = {"VICTIM": str(victim)}, tmp_path / "cache"
+        with mounted(image, tmp_path / "mnt", driver=driver, cache=cache, env=env, code=RECYCLED) as mount:
+            assert agent("read", mount.at("file"), 0, 100) == CONTENT.hex()
+        assert in_mountinfo(victim)
+    finally:
+        subprocess.run(["umount", "--lazy", victim], check=False)
+
+
 CALLER = """
 import signal
 signal.signal(signal.SIGTERM, lambda *_: None)

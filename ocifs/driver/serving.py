@@ -84,7 +84,7 @@ def serve_erofs(
 
     def unmount() -> None:
         # Whoever still uses the mount keeps it, but loses us: what the kernel has not cached cannot be read from then on.
-        detach_moved(ours)
+        detach_moved(ours, session.fd)
 
     async def begin() -> None:
         await in_thread(mount)

@@ -168,6 +168,8 @@ class Session:
         self._asking = asking
         self.device = 0
         """The FUSE mount's st_dev."""
+        self.fd = -1
+        """The descriptor that requests come from."""
         self._failed: OcifsError | None = None
 
     def run(self, options: set[str]) -> None:
@@ -191,11 +193,12 @@ class Session:
         except RuntimeError as error:
             message = f"mounting on {self._place} failed ({error}); 'ocifs doctor' says what this machine lacks"
             raise MachineError(message) from error
+        self.fd = _session_fd()
         ours = mounted_at(self._place)
         self.device = ours.device if ours else 0
         waiting = Waiting(self._decoding)
         try:
-            waiting.watch(_session_fd())
+            waiting.watch(self.fd)
             trio.run(self._serve, instruments=[waiting])
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
@@ -203,7 +206,7 @@ class Session:
             # directory was renamed the mount is elsewhere.
             here = mounted_at(self._place) == ours
             if not here:
-                detach_moved(ours)
+                detach_moved(ours, self.fd)
             pyfuse3.close(unmount=here)
         if self._failed is not None:
             raise self._failed
@@ -273,12 +276,23 @@ class Session:
             pyfuse3.terminate()
 
 
-def detach_moved(ours: MountEntry | None) -> None:
-    """Take a mount down where it is now, if it still is somewhere."""
+def detach_moved(ours: MountEntry | None, fd: int) -> None:
+    """Take a mount down where it is now, if it still is somewhere. ``fd`` is the session's that serves it.
+
+    The kernel gives both numbers again as soon as a mount is gone, and then they lead to somebody else's. They are ours as
+    long as the session is connected, which ends with the mount.
+    """
     moved = mount_of(ours.device) if ours is not None else None
-    if moved is not None and ours is not None and moved.number == ours.number:
+    if moved is not None and ours is not None and moved.number == ours.number and _is_connected(fd):
         with contextlib.suppress(OcifsError):  # not root: who unmounts it finds it dead
             kernel.unmount(moved.mountpoint, flags=kernel.MNT_DETACH)
+
+
+def _is_connected(fd: int) -> bool:
+    """Whether a FUSE session still has its mount (fuse_dev_poll in fs/fuse/dev.c)."""
+    poll = select.poll()
+    poll.register(fd, 0)
+    return not any(events & select.POLLERR for _, events in poll.poll(0))
 
 
 def _ending_signals() -> set[signal.Signals]:
