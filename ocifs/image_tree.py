@@ -43,13 +43,16 @@ import os
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
-from typing import BinaryIO, Final, NamedTuple, NoReturn, Self
+from typing import TYPE_CHECKING, BinaryIO, Final, NamedTuple, NoReturn, Self
 
 import msgspec
 
-from ocifs.erofs import Encoder, Image
+from ocifs.erofs import Image
 from ocifs.errors import CacheDamagedError, MachineError, StaleFormatError, UnsupportedError
 from ocifs.tree import Origin, Tree, Warned
+
+if TYPE_CHECKING:
+    from ocifs.erofs.writer import Encoder
 
 FORMAT_VERSION: Final = 1
 """Raised whenever the meaning of any byte changes, those of the EROFS image included."""
@@ -128,6 +131,8 @@ def write(tree: Tree, out: BinaryIO, *, layers: Sequence[tuple[str, int]], rules
     uuid = bytearray(hashlib.sha256(b"ocifs image tree" + seed).digest()[:16])
     uuid[6] = uuid[6] & 0x0F | 0x80  # RFC 9562: version 8, made as its maker likes
     uuid[8] = uuid[8] & 0x3F | 0x80
+    from ocifs.erofs.writer import Encoder  # noqa: PLC0415 (see `ocifs.erofs`)
+
     encoder = Encoder(tree.root, layers=layers, uuid=bytes(uuid))
     last_nid = next(reversed(encoder.placed.values()))
     if last_nid > _MAX_NID:

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ocifs.erofs import DirectoryEntry, Encoder, Image, Run, SyntheticExtent
+from ocifs.erofs import DirectoryEntry, Image, Run
 from ocifs.erofs.layout import crc32c
+from ocifs.erofs.writer import Encoder, SyntheticExtent
 from ocifs.errors import DamagedError, UnsupportedError
 from ocifs.tree import Extent, Kind, Node
 from tests.fuzz import fuzz_erofs

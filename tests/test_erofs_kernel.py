@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
-from ocifs.erofs import Encoder
+from ocifs.erofs.writer import Encoder
 from ocifs.tree import Extent, Kind, Node
 from tests.support import mounted
 from tests.support.trees import (

@@ -22,7 +22,7 @@ from ocifs import kernel
 from ocifs.driver.options import ALWAYS
 from ocifs.driver.serving import serve_erofs
 from ocifs.driver.session import Keeper
-from ocifs.erofs import Encoder
+from ocifs.erofs.writer import Encoder
 from ocifs.errors import MachineError, OcifsError
 from ocifs.tree import Extent, Kind, Node, Origin
 

@@ -19,23 +19,20 @@ Which of the format's many shapes we use (sources: the kernel's ``Documentation/
   their inode, none are shared. Inodes of one directory's children are neighbours, in the order of their names.
 
 Not here: where layers are and how their bytes are had, what surrounds the EROFS image in the kept file
-(`ocifs.image_tree`), any decision about what the tree is (`ocifs.overlay`). No file is opened.
+(`ocifs.image_tree`), any decision about what the tree is (`ocifs.overlay`). No file is opened. Writing is
+`ocifs.erofs.writer`, which this package does not import: a mount whose tree is kept starts without it.
 """
 
 from __future__ import annotations
 
 from ocifs.erofs.layout import BLOCK_SIZE, ROOT_NID
 from ocifs.erofs.reader import DirectoryEntry, Image, Inode, Run
-from ocifs.erofs.writer import Encoder, LeftOut, SyntheticExtent
 
 __all__ = [
     "BLOCK_SIZE",
     "ROOT_NID",
     "DirectoryEntry",
-    "Encoder",
     "Image",
     "Inode",
-    "LeftOut",
     "Run",
-    "SyntheticExtent",
 ]

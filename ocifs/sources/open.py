@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Final
 
 from ocifs.errors import NotFoundError, OcifsError, UnsupportedError
 from ocifs.reference import Reference, Scheme
-from ocifs.sources import docker_archive, layout, skopeo_dir
-from ocifs.sources.archive import ArchiveFolder
+from ocifs.sources import layout, skopeo_dir
 from ocifs.sources.base import Blob
 from ocifs.sources.blob import FileBlob, os_problem, shown
 from ocifs.sources.folder import DirectoryFolder, absolute
 from ocifs.sources.resolve import within
 
 if TYPE_CHECKING:
+    from ocifs.sources.archive import ArchiveFolder
     from ocifs.sources.base import Source
 
 OpenArchive = Callable[[bytes], Blob]
@@ -97,6 +97,8 @@ def _open_layout(path: bytes) -> Source:
 
 def _open_folder(path: bytes, open_archive: OpenArchive | None) -> ArchiveFolder:
     """List an archive that may be compressed as a whole."""
+    from ocifs.sources.archive import ArchiveFolder  # noqa: PLC0415 (a mount of a layout starts without it)
+
     if _kind(path) == stat.S_IFDIR:
         raise UnsupportedError(f"{shown(path)} is a directory, where an archive belongs; {_KNOWN}")
     blob = FileBlob(path)
@@ -121,7 +123,9 @@ def _open_oci_archive(folder: ArchiveFolder) -> Source:
 
 
 def _open_docker_archive(folder: ArchiveFolder) -> Source:
-    return _or_close(folder, lambda: docker_archive.DockerArchiveSource(folder))
+    from ocifs.sources.docker_archive import DockerArchiveSource  # noqa: PLC0415 (as above)
+
+    return _or_close(folder, lambda: DockerArchiveSource(folder))
 
 
 def _or_close(folder: ArchiveFolder, make: Callable[[], Source]) -> Source:
@@ -142,6 +146,8 @@ def _open_path(path: bytes, open_archive: OpenArchive | None, namespace: str) ->
         raise
     except OcifsError as error:
         raise type(error)(f"{error}; {_KNOWN}") from None
+    from ocifs.sources import docker_archive  # noqa: PLC0415 (as above)
+
     if layout.INDEX_FILE in folder:
         return _open_oci_archive(folder)
     if docker_archive.MANIFEST_FILE in folder or docker_archive.OLD_FILE in folder:

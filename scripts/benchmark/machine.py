@@ -146,7 +146,7 @@ def facts(checkout: Path, tools: Tools, work: Path) -> dict[str, str]:
     with contextlib.suppress(FailedError):
         commit = run("git", "-C", checkout, "describe", "--always", "--dirty").output.decode().strip()
     ours = [f"ocifs {_version(tools.ocifs, '--version')} ({commit})"]
-    ours += _python_versions(tools.python, ("pyfuse3", "trio", "isal", "rapidgzip", "zstandard"))
+    ours += _python_versions(tools.python, ("pyfuse3", "trio", "isal", "zstandard"))
     peers = [
         f"{package} {_debian(package)}"
         for package in (*PACKAGES.values(), "tar", "findutils")

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from hypothesis import strategies as st
 
-from ocifs.erofs import Encoder, Image
+from ocifs.erofs import Image
+from ocifs.erofs.writer import Encoder
 from ocifs.tree import Extent, Kind, Node, Origin
 
 if TYPE_CHECKING:
