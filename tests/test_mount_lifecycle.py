@@ -401,7 +401,7 @@ from ocifs.layer_data import LayerData
 def stuck(*_, **__):
     os.close(os.open(os.environ["TOLD"], os.O_WRONLY))
     threading.Event().wait()
-LayerData.decode = stuck
+LayerData.begin = stuck
 """
 """Makes a daemon that never has data: it says so by opening a FIFO when it is asked."""
 
