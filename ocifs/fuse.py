@@ -23,7 +23,7 @@ import functools
 import logging
 import os
 import stat
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -64,6 +64,7 @@ def _answering(
 
     @functools.wraps(operation)
     async def answered(self: _A, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        self.requests[operation.__name__] += 1
         try:
             return await operation(self, *args, **kwargs)
         except pyfuse3.FUSEError:
@@ -81,13 +82,19 @@ def _answering(
 
 
 class _ReadOnly(pyfuse3.Operations):
-    """What all our file systems have in common. ``errors`` counts the requests that failed for a reason of ours."""
+    """What all our file systems have in common.
+
+    ``requests`` counts requests by their names, but for those that need no answer of ours (opening and closing directories,
+    closing files), ``read_bytes`` what READ was answered with, ``errors`` the requests that failed for a reason of ours.
+    """
 
     enable_writeback_cache = False
     supports_dot_lookup = True
 
     def __init__(self) -> None:
         super().__init__()
+        self.requests: Counter[str] = Counter()
+        self.read_bytes = 0
         self.errors = 0
         self._complaints: OrderedDict[str, int] = OrderedDict()
 
@@ -225,8 +232,9 @@ class Adapter(_ReadOnly):
     async def read(self, fh: pyfuse3.FileHandleT, off: int, size: int) -> bytes:
         """READ."""
         view, nid, _ = self._at(fh)
-        # pyfuse3 says bytes and takes anything with the buffer protocol.
-        return await view.read(nid, off, size)  # type: ignore[return-value]
+        data = await view.read(nid, off, size)
+        self.read_bytes += len(data)
+        return data  # type: ignore[return-value] # pyfuse3 says bytes and takes anything with the buffer protocol
 
     # -- the rest ------------------------------------------------------------------------------------------------
 
@@ -322,8 +330,9 @@ class DeviceAdapter(_ReadOnly):
         """READ."""
         file = self._files[fh - 2]
         size = min(size, file.size - off)
-        # pyfuse3 says bytes and takes anything with the buffer protocol.
-        return await file.read(off, size) if size > 0 else b""  # type: ignore[return-value]
+        data = await file.read(off, size) if size > 0 else b""
+        self.read_bytes += len(data)
+        return data  # type: ignore[return-value] # as in `Adapter.read`
 
     async def getxattr(self, inode: pyfuse3.InodeT, name: pyfuse3.XAttrNameT, ctx: pyfuse3.RequestContext) -> bytes:
         """GETXATTR: the kernel stops asking after one ENOSYS."""

@@ -141,13 +141,19 @@ class _Flight:
 
 
 class SpanReader:
-    """The layers of an image through one cache. ``decoded_spans`` and ``decoded_bytes`` count the work done."""
+    """The layers of an image through one cache.
+
+    ``hits`` counts the spans that a reader found decoded as far as needed, ``decoded_spans`` those whose stored bytes were
+    read and verified, ``ahead_spans`` those of them that nobody had asked for yet, ``decoded_bytes`` what came out.
+    """
 
     def __init__(self, layers: Sequence[LayerData], cache: SpanCache | None = None, *, threads: int = 2) -> None:
         """Read ``layers``, decoding in at most ``threads`` threads at a time."""
         self.layers = {layer.number: layer for layer in layers}
         self.cache = cache or SpanCache()
+        self.hits = 0
         self.decoded_spans = 0
+        self.ahead_spans = 0
         self.decoded_bytes = 0
         self._flights: dict[SpanKey, _Flight] = {}
         self._last: dict[int, int] = {}
@@ -216,6 +222,7 @@ class SpanReader:
         while True:
             span = self.cache.get(key)
             if span is not None and span.size >= need:
+                self.hits += 1
                 return span
             flight = self._flights.get(key)
             if flight is None:
@@ -277,6 +284,7 @@ class SpanReader:
     async def _ahead(self, key: SpanKey) -> None:
         if key in self._flights or key in self.cache:
             return
+        self.ahead_spans += 1
         try:
             await self._decode(key, DecodedSpan(), None)
         except Exception as error:  # noqa: BLE001 (a system task must not fail; who really reads the span gets the error)

@@ -183,6 +183,16 @@ def test_stat_mount_shows_what_a_daemon_has_done(place: Path, tmp_path: Path, dr
         assert agent("read", mount.at("etc/motd"), 0, 100) == MOTD.hex()
         after = statistics(place)
         assert after["decoded_spans"] == 1
+        assert after["decoded_ahead"] == 0
+        assert after["requests"] >= before["requests"] + after["reads"] - before["reads"] > before["requests"]
+        assert after["read_bytes"] >= before["read_bytes"] + len(MOTD)
+        assert agent("read", mount.at("etc/os-release"), 0, 10)  # in another layer
+        other = statistics(place)
+        assert other["decoded_spans"] == 2
+        assert agent("read", mount.at("etc/passwd"), 0, 10)  # in the same span
+        last = statistics(place)
+        assert last["span_hits"] - other["span_hits"] == last["reads"] - other["reads"]
+        assert last["decoded_spans"] == 2
         assert after["decoded_bytes"] >= len(MOTD)
         assert 0 < after["cached_bytes"] <= after["cache_limit_bytes"] == 128 << 20
         shown = ocifs("stat-mount", place).stdout
@@ -196,7 +206,7 @@ def test_sigusr1_logs_statistics_and_harms_nothing(place: Path, tmp_path: Path, 
             mount.process.signal(signal.SIGUSR1)
         assert agent("read", mount.at("etc/motd"), 0, 100) == MOTD.hex()
         statistics(place)  # answered by the loop that has seen the signal before
-        assert re.search(r"INFO errors 0, decoded_spans \d+, ", mount.logged())
+        assert re.search(r"INFO errors 0, requests \d+, ", mount.logged())
 
 
 def test_stat_mount_of_what_is_not_or_no_longer_served_says_so(place: Path, tmp_path: Path, driver: str) -> None:

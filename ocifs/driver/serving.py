@@ -110,7 +110,13 @@ def _statistics(adapter: Adapter | DeviceAdapter, spans: Sequence[SpanReader]) -
     caches = {id(reader.cache): reader.cache for reader in spans}.values()
     return {
         "errors": adapter.errors,
+        "requests": adapter.requests.total(),
+        "lookups": adapter.requests["lookup"],
+        "reads": adapter.requests["read"],
+        "read_bytes": adapter.read_bytes,
+        "span_hits": sum(reader.hits for reader in spans),
         "decoded_spans": sum(reader.decoded_spans for reader in spans),
+        "decoded_ahead": sum(reader.ahead_spans for reader in spans),
         "decoded_bytes": sum(reader.decoded_bytes for reader in spans),
         "cached_bytes": sum(cache.size for cache in caches),
         "cache_limit_bytes": sum(cache.limit for cache in caches),
