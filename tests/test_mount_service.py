@@ -196,7 +196,7 @@ def test_stat_mount_shows_what_a_daemon_has_done(place: Path, tmp_path: Path, dr
         assert after["decoded_bytes"] >= len(MOTD)
         assert 0 < after["cached_bytes"] <= after["cache_limit_bytes"] == 128 << 20
         shown = ocifs("stat-mount", place).stdout
-        assert f"decoded spans:      {after['decoded_spans']}\n" in shown
+        assert "decoded spans:      2\n" in shown
         assert f"pid:                {mount.pid}\n" in shown
 
 
