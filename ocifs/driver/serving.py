@@ -65,6 +65,12 @@ def serve_erofs(
 
     ``private`` is an empty directory of ours; it is in use only until EROFS is mounted. ``spans`` is what the files are
     read through. Raises `MachineError` if the kernel refuses.
+
+    EROFS reads its backing files through the page cache, so that what was read is cached twice: 2.1 GB after `tar` of a
+    tree of 0.9 GB. Its option ``directio`` halves that, but then what one file's readahead brought for the next file is
+    decoded or asked for again: `tar` took 9.3 s instead of 7.8 cold and 4.9 instead of 2.2 warm, small files 300 µs
+    instead of 180 (on a machine that others used, the same for both). The pages of the backing files are the first that the
+    kernel takes back, as nobody reads them twice.
     """
     from ocifs.fuse import DeviceAdapter  # noqa: PLC0415
 

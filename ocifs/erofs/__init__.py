@@ -10,6 +10,10 @@ Which of the format's many shapes we use (sources: the kernel's ``Documentation/
 * Blocks of 512 bytes (Linux ≥ 6.4), because file data in a tar starts at multiples of 512. So a file's content needs no
   copy: its *chunk index* names a device and a block number, device *i* being layer *i*'s uncompressed tar. The kernel
   reads whole blocks: a tar that ends within one must be served with zeros behind it, up to the device's size.
+  The alternative, blocks of 4 KiB and devices in which every file is moved to the next multiple, was measured with an
+  image of such blocks that the same daemon served: `tar` of the tree, cached, took 0.77 s instead of 0.88, small files 5.8
+  µs instead of 5 (st_blksize, 512 or 4096, is what stdio takes as its buffer, but few programs that read much use stdio).
+  That does not pay for a table to be searched at every read, and for two ways to say where data lies.
 * Extended inodes of 64 bytes (times to the nanosecond, 32-bit owners, 64-bit sizes). An inode's number is its *nid*: its
   position in units of 32 bytes from the start of the metadata area. The root has nid 1.
 * A file whose data is one run that starts at a multiple of 512 is one chunk. Any other file with data or holes is cut in
