@@ -68,8 +68,13 @@ _LAG: Final = 16
 
 _HEAD: Final = 10
 """Bytes of a header that are looked at, up to the lengths of the code lengths' own code."""
-_MAX_CODE: Final = 15
-"""Bits by which it may begin within the silent piece: the code that ends the block before gives no output either."""
+_SILENCE: Final = 64
+"""Bits by which it may begin within the silent piece: the code that ends the block before (15) gives no output either, nor
+does an empty stored block (42 at most), which flushes leave in front of the next."""
+_TRIES: Final = 8
+"""How often a search goes on behind a place that proved to be none."""
+_PROOF_STEP: Final = 1 << 14
+"""Bytes decoded at a time to have something to compare with."""
 
 
 class Restart(NamedTuple):
@@ -248,27 +253,29 @@ class _Walk:
     # --- looking for a block ----------------------------------------------------------------------------------------
 
     def _search(self) -> Iterator[Piece]:
-        """Decode up to a place where a block seems to begin, then 32 KiB more, and see whether it does."""
-        searched: list[bytes] = []
-        candidates, held = self._candidates(searched)
-        yield from self._out(b"".join(searched))
-        pieces = [held]
-        room = MAX_WINDOW if candidates else 0
-        while room > 0 and not self._inflater.eof:
-            pieces.append(self._inflate(_MAX_STEP))
-            room -= len(pieces[-1])
-        data = b"".join(pieces)
-        proven = [point for point in candidates if self._proves(point, data)]
-        if len(proven) != 1:
-            self._due = self._since + self._span // 4
-            self._probe = max(_MIN_PROBE, self._probe // 2)
+        """Decode to a place from which decoding can begin anew, and a little more; or give up for now."""
+        for _ in range(_TRIES):
+            searched: list[bytes] = []
+            candidates, held = self._candidates(searched)
+            yield from self._out(b"".join(searched))
+            pieces, size = [held], len(held)
+            while candidates and size < MAX_WINDOW + _STORED_PROBE and not self._inflater.eof:
+                pieces.append(self._inflate(_PROOF_STEP))
+                size += len(pieces[-1])
+            data = b"".join(pieces)
+            proven = [point for point in candidates if self._proves(point, data)]
+            if len(proven) == 1:
+                point = proven[0]
+                yield from self._out(data[: point.behind])
+                self._found(Restart(point.blob_offset, point.bit, at_header=False, window=self._window()))
+                self._since = len(data) - point.behind
+                yield from self._out(data[point.behind :])
+                return
             yield from self._out(data)
-            return
-        point = proven[0]
-        yield from self._out(data[: point.behind])
-        self._found(Restart(point.blob_offset, point.bit, at_header=False, window=self._window()))
-        self._since = len(data) - point.behind
-        yield from self._out(data[point.behind :])
+            if not candidates:
+                self._probe = max(_MIN_PROBE, self._probe // 2)
+                break
+        self._due = self._since + self._span // 4
 
     def _candidates(self, out: list[bytes]) -> tuple[list[_Candidate], bytes]:
         """Decode in small pieces, which go to ``out``, until a block seems to begin.
@@ -283,8 +290,9 @@ class _Walk:
             if not data and len(stored) == probe and not self._inflater.eof:
                 start = max(self._chunk_before_at, self._at - 2 * probe - _LAG)
                 seen = self._stored(start, self._at + _HEAD)
-                bits = _looks_dynamic(seen, 8 * (self._at - probe - start) + _MAX_CODE)
-                return [_Candidate(start + bit // 8, bit % 8, 0) for bit in bits], b""
+                bits = _looks_dynamic(seen, 8 * (self._at - probe - start) + _SILENCE)
+                if bits:
+                    return [_Candidate(start + bit // 8, bit % 8, 0) for bit in bits], b""
             out.append(data)
             if data == stored and len(data) == probe:
                 return self._stored_end(out)
