@@ -26,12 +26,25 @@ from ocifs import image
 from ocifs.image import ImageOptions
 from ocifs.store import Kind, Store
 from tests.support import layout
-from tests.support.mounting import LIMIT, Mount, agent, command, environment, force_away, mounted, ocifs, run
+from tests.support.mounting import (
+    LIMIT,
+    Mount,
+    agent,
+    command,
+    environment,
+    force_away,
+    mounted,
+    ocifs,
+    record_of,
+    run,
+)
 from tests.support.tarball import entry, tarball
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+GONE = ("EIO", "ENOTCONN", "ECONNABORTED")
+"""What a mount answers when it cannot, and when its daemon has ended."""
 PIECE = 4096
 SIZE = 20 << 20
 """More than a span may have: one zstd frame of it must be re-framed."""
@@ -136,6 +149,27 @@ def test_a_truncated_blob_reads_eio_from_there_on(tmp_path: Path, driver: str, c
         assert "are left" in mount.logged()
 
 
+@pytest.mark.parametrize("form", ["oci-archive", "docker-archive"])
+@pytest.mark.parametrize("fault", ["altered", "cut", "deleted"])
+def test_of_an_archive_that_is_spoilt_nothing_wrong_is_read(tmp_path: Path, driver: str, form: str, fault: str) -> None:
+    tar, archive = tarball(entry("small", SMALL), entry("large", LARGE)), tmp_path / "image.tar"
+    if form == "oci-archive":
+        layout.write_oci_archive(archive, [tar], compression="gzip")
+    else:
+        layout.write_docker_archive(archive, [layout.make_image([tar])])
+    reference = f"{form}:{archive}"
+    with mounted(reference, tmp_path / "mnt", driver=driver, cache=tmp_path / "cache") as mount:
+        if fault == "altered":
+            for at in range(0, archive.stat().st_size, 64 << 10):
+                flip(archive, at)
+        elif fault == "cut":
+            os.truncate(archive, archive.stat().st_size // 2)
+        else:
+            archive.unlink()
+        assert set(read_all(mount)) == {"altered": {"EIO"}, "cut": {"ok", "EIO"}, "deleted": {"ok"}}[fault]
+        assert ("blob sha256:" in mount.logged()) == (fault != "deleted")
+
+
 def test_a_deleted_or_replaced_blob_is_read_as_it_was(tmp_path: Path, driver: str) -> None:
     at = place(tmp_path, "gzip")
     with mounted(at.reference, at.mnt, driver=driver, cache=at.cache) as mount:
@@ -219,17 +253,17 @@ def test_an_index_altered_while_mounted_gives_eio_and_a_log_line_or_the_right_by
         assert "ocifs cache clear" in mount.logged()
 
 
-def test_a_tree_altered_while_mounted_gives_eio_and_a_log_line_or_what_is_right(tmp_path: Path) -> None:
+def test_a_tree_altered_while_mounted_gives_eio_and_a_log_line_or_what_is_right(tmp_path: Path, driver: str) -> None:
     count = 6000
     names = [f"dir{number % 7}/name-{number:05}" for number in range(count)]
     layout.write_layout(tmp_path / "image", [tarball(*(entry(name, mode=0o640) for name in names))])
     cache, reference = tmp_path / "cache", f"oci:{tmp_path}/image"
-    with mounted(reference, tmp_path / "mnt", cache=cache) as mount:
+    with mounted(reference, tmp_path / "mnt", driver=driver, cache=cache) as mount:
         paths = [mount.at(name) for name in names]
         assert set(agent("errors", [["lstat", path] for path in paths])) == {"ok"}
     (file,) = entries(cache, "trees")
     assert file.stat().st_size > 5 * (64 << 10)
-    with mounted(reference, tmp_path / "mnt", cache=cache) as mount:
+    with mounted(reference, tmp_path / "mnt", driver=driver, cache=cache) as mount:
         for offset in range(3 * (64 << 10), file.stat().st_size - 4096, 64 << 10):
             flip(file, offset)
         said = agent("errors", [["lstat", path] for path in paths])
@@ -238,8 +272,25 @@ def test_a_tree_altered_while_mounted_gives_eio_and_a_log_line_or_what_is_right(
         assert "ocifs cache clear" in mount.logged()
     # Damage that nobody saw at opening stays until it is cleared away.
     assert ocifs("cache", "clear", "--cache-dir", cache).returncode == 0
-    with mounted(reference, tmp_path / "mnt", cache=cache) as mount:
+    with mounted(reference, tmp_path / "mnt", driver=driver, cache=cache) as mount:
         assert set(agent("errors", [["lstat", path] for path in paths])) == {"ok"}
+
+
+def test_a_tree_cut_while_mounted_gives_errors_and_is_made_again_at_the_next_mount(tmp_path: Path, driver: str) -> None:
+    """What the daemon has mapped is gone then, and the kernel may end it: an error, and never a wrong answer."""
+    at = place(tmp_path, "gzip")
+    at.spans()
+    (file,) = entries(at.cache, "trees")
+    whole = file.stat().st_size
+    with mounted(at.reference, at.mnt, driver=driver, cache=at.cache, ended=True) as mount:
+        os.truncate(file, 0)
+        assert agent("read", mount.at("small"), 0, 100) in {SMALL.hex(), *GONE}
+        assert set(agent("errors", [["lstat", mount.at(name)] for name in ("large", "last")])) <= {"ok", *GONE}
+        done = ocifs("umount", mount.path)
+        assert (done.returncode, done.stderr) == (0, "")
+    with mounted(at.reference, at.mnt, driver=driver, cache=at.cache) as mount:
+        assert set(read_all(mount)) == {"ok"}
+    assert entries(at.cache, "trees")[0].stat().st_size == whole
 
 
 def test_an_evicted_reframed_copy_is_made_again_at_the_next_mount(tmp_path: Path) -> None:
@@ -267,13 +318,13 @@ def test_a_reframed_copy_in_use_is_not_evicted(tmp_path: Path) -> None:
     assert entries(at.cache, "reframed") == []
 
 
-def test_an_altered_reframed_copy_reads_eio(tmp_path: Path) -> None:
+def test_an_altered_reframed_copy_reads_eio(tmp_path: Path, driver: str) -> None:
     at = place(tmp_path, "zstd")
     spans = at.spans()
     (copy,) = entries(at.cache, "reframed")
-    with mounted(at.reference, at.mnt, cache=at.cache) as mount:
+    with mounted(at.reference, at.mnt, driver=driver, cache=at.cache) as mount:
         flip(copy, spans[2][2] + 100)
-        assert read_all(mount) == reads_of(spans, {2}, "fuse")
+        assert read_all(mount) == reads_of(spans, {2}, driver)
         assert "the re-framed copy" in mount.logged()
 
 
@@ -306,6 +357,34 @@ def test_a_full_disk_while_indexing_is_one_sentence_and_leaves_nothing(
         assert [path for path in left if path.parent.name != "layers"] == []
     done = ocifs("ls", "--cache-dir", tmp_path / "elsewhere", at.reference)
     assert done.stdout.split() == ["large", "last", "small"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs needs root")
+def test_where_the_log_lies_the_disk_may_be_full(tmp_path: Path, driver: str) -> None:
+    """The mount goes on, and ends in order; another one that cannot be noted down is refused."""
+    at = place(tmp_path, "gzip")
+    spans = at.spans()
+    with small_disk(tmp_path / "disk", "256k") as disk, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OCIFS_RUNTIME_DIR", str(disk / "run"))
+        with mounted(at.reference, at.mnt, driver=driver, cache=at.cache) as mount:
+            fill(disk / "filler")
+            flip(at.blob, spans[2][2] + 100)
+            assert read_all(mount) == reads_of(spans, {2}, driver)
+            other = at._replace(mnt=tmp_path / "other")
+            done = refused(other, at.cache)
+            assert (done.returncode, done.stdout) == (6, "")
+            assert "No space left on device" in done.stderr.splitlines()[-1]
+            flip(at.blob, spans[2][2] + 100)
+            assert set(read_all(mount)) == {"ok"}
+            assert "Traceback" not in mount.logged()
+        assert record_of(at.mnt) is None
+
+
+def fill(path: Path) -> None:
+    """Write until the disk is full."""
+    with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(bytes(4096)):
+            pass
 
 
 def refused(at: Place, cache: Path) -> subprocess.CompletedProcess[str]:
