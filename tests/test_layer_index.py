@@ -12,6 +12,7 @@ import json
 import lzma
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -32,7 +33,7 @@ from hypothesis import strategies as st
 
 from ocifs import layer_index
 from ocifs.compression import Compression
-from ocifs.errors import DamagedError, MachineError, OcifsError, StaleFormatError, UnsupportedError
+from ocifs.errors import CacheDamagedError, DamagedError, MachineError, OcifsError, StaleFormatError, UnsupportedError
 from ocifs.layer_index import Build, Built, Expected, LayerIndex, Mismatch, load, passes
 from ocifs.layer_index import format as format_module
 from ocifs.spec import DiffID, Digest
@@ -364,11 +365,34 @@ def test_a_blob_that_became_shorter_is_damage() -> None:
 def test_a_window_that_does_not_fit_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     # As if what found the windows had been wrong: the checksums of the index hold, the data would not.
     one = sample()
-    index = load(MemoryBlob(one.index_bytes))
+    index = load(MemoryBlob(one.index_bytes, "the index"))
     number = next(n for n, span in enumerate(index.spans) if span.window_size)
     monkeypatch.setattr(index, "window", lambda _number: bytes(32768))
-    with pytest.raises(DamagedError, match=r"decodes to other bytes|does not inflate"):
+    with pytest.raises(CacheDamagedError, match=r"decodes to other bytes|does not inflate"):
         index.decode(number, one.read_at)
+
+
+@pytest.mark.parametrize(("at_header", "bit"), [(True, 0), (False, 5)])
+def test_a_span_that_does_not_decode_is_the_indexs_fault(
+    at_header: bool,  # noqa: FBT001
+    bit: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The stored bytes are the indexed ones, so what was noted about them is wrong: where they begin, say."""
+    one = sample()
+    index = load(MemoryBlob(one.index_bytes, "the index"))
+    number, span = next((n, span) for n, span in enumerate(index.spans) if span.window_size)
+    wrong = span._replace(at_header=at_header, bit=bit if bit != span.bit else bit - 1)
+    monkeypatch.setattr(type(index.spans), "__getitem__", lambda _self, _number: wrong)
+    damaged: list[str] = []
+    index.on_damage = lambda: damaged.append("told")
+    message = (
+        f"the layer index the index is damaged: what it says of span {number} ({span.blob_size} bytes "
+        f"at blob_offset {span.blob_offset}) of blob {index.digest} does not fit: "
+    )
+    with pytest.raises(CacheDamagedError, match=re.escape(message)):
+        index.decode(number, one.read_at)
+    assert damaged == ["told"]
 
 
 # --- entries ----------------------------------------------------------------------------------------------------------

@@ -378,8 +378,8 @@ class LayerIndex:
         """
         span = self.spans[number]
 
-        def failed(why: str, cache: bool) -> DamagedError:  # noqa: FBT001 (of one caller)
-            return self._bad_span(number, span, why, cache=cache)
+        def failed(why: str) -> CacheDamagedError:
+            return self._bad_index(number, span, why)
 
         stored = read_at(span.blob_offset, span.blob_size)
         if len(stored) != span.blob_size:
@@ -388,8 +388,10 @@ class LayerIndex:
             raise self._bad_span(number, span, "its bytes have changed since the index was built")
         try:
             inflater = self._inflater(number, span, stored)
+        except CacheDamagedError:
+            raise
         except DamagedError as error:
-            raise self._bad_span(number, span, str(error), cache=isinstance(error, CacheDamagedError)) from None
+            raise failed(str(error)) from None
         return SpanDecoder(stored, inflater, span, failed)
 
     def _inflater(self, number: int, span: Span, stored: bytes | memoryview) -> SpanInflater | FramesInflater | None:
@@ -406,11 +408,14 @@ class LayerIndex:
         decoder = self.begin(number, read_at)
         return decoder.read(decoder.left)
 
-    def _bad_span(self, number: int, span: Span, why: str, *, cache: bool = False) -> DamagedError:
+    def _bad_span(self, number: int, span: Span, why: str) -> DamagedError:
         what = f"the re-framed copy of blob {self.digest}" if self.reframed else f"blob {self.digest}"
-        where = f"{span.blob_size} bytes at blob_offset {span.blob_offset}"
-        kind = CacheDamagedError if cache or self.reframed else DamagedError
-        return kind(f"{what} cannot be read in span {number} ({where}): {why}")
+        kind = CacheDamagedError if self.reframed else DamagedError
+        return kind(f"{what} cannot be read in {_place(number, span)}: {why}")
+
+    def _bad_index(self, number: int, span: Span, why: str) -> CacheDamagedError:
+        """Say that a span does not decode whose stored bytes are the indexed ones: what was noted about it is wrong."""
+        return self._damaged(f"what it says of {_place(number, span)} of blob {self.digest} does not fit: {why}")
 
     # --- sections ---------------------------------------------------------------------------------------------------
 
@@ -464,7 +469,7 @@ class SpanDecoder:
         stored: bytes | memoryview,
         inflater: SpanInflater | FramesInflater | None,
         span: Span,
-        failed: Callable[[str, bool], DamagedError],
+        failed: Callable[[str], CacheDamagedError],
     ) -> None:
         self._stored = stored
         self._inflater = inflater
@@ -480,7 +485,11 @@ class SpanDecoder:
         return len(self._stored)
 
     def read(self, size: int) -> bytes | memoryview:
-        """Give the next ``size`` bytes, at most what is left. Raises `DamagedError` as `LayerIndex.begin` does."""
+        """Give the next ``size`` bytes, at most what is left.
+
+        Raises `CacheDamagedError` if they do not decode, or not to what was indexed: the stored bytes are the indexed ones,
+        so the index is wrong about them.
+        """
         size = min(size, self.left)
         at = self._span.size - self.left
         self.left -= size
@@ -489,12 +498,15 @@ class SpanDecoder:
         try:
             data = self._inflater.read(size)
         except DamagedError as error:
-            raise self._failed(str(error), False) from None  # noqa: FBT003
+            raise self._failed(str(error)) from None
         self._crc32 = isal_zlib.crc32(data, self._crc32)
-        # The stored bytes are the indexed ones, so a difference means a bug, in this program or what it stands on.
         if not self.left and self._crc32 != self._span.crc32:
-            raise self._failed(f"it decodes to other bytes than at indexing; {_ADVICE}", True)  # noqa: FBT003
+            raise self._failed("it decodes to other bytes than at indexing")
         return data
+
+
+def _place(number: int, span: Span) -> str:
+    return f"span {number} ({span.blob_size} bytes at blob_offset {span.blob_offset})"
 
 
 def load(file: RandomAccess) -> LayerIndex:
