@@ -181,7 +181,8 @@ def test_c2_a_span_runs_over_member_boundaries(
 
 
 def test_member_headers_may_have_every_field() -> None:
-    header = b"\x1f\x8b\x08\x1e\x00\x00\x00\x00\x00\xff\x06\x00BC\x02\x00\x12\x34n\0" + b"c" * 600 + b"\0" + b"hh"
+    header = b"\x1f\x8b\x08\x1e\x00\x00\x00\x00\x00\xff\x06\x00BC\x02\x00\x12\x34n\0" + b"c" * 600 + b"\0"
+    header += (zlib.crc32(header) & 0xFFFF).to_bytes(2, "little")
     assert member_header_end(header) == len(header)
     body = zlib.compressobj(6, zlib.DEFLATED, -15)
     stored = header + body.compress(TEXT) + body.flush() + zlib.crc32(TEXT).to_bytes(4, "little")
@@ -192,6 +193,12 @@ def test_member_headers_may_have_every_field() -> None:
             member_header_end(header[:size])
     with pytest.raises(DamagedError, match="reserved flags"):
         member_header_end(b"\x1f\x8b\x08\x20" + bytes(20))
+    for at in (4, 12, len(header) - 2, len(header) - 1):
+        broken = bytearray(header)
+        broken[at] ^= 0x40
+        with pytest.raises(DamagedError, match="a gzip member's header does not match its checksum"):
+            member_header_end(b"before" + bytes(broken), 6)
+    assert member_header_end(b"before" + header, 6) == 6 + len(header)
 
 
 def test_a_bomb_gives_no_more_than_the_span_holds() -> None:

@@ -115,9 +115,10 @@ class Inflate(Protocol):
 def member_header_end(stored: bytes | memoryview, at: int = 0) -> int:
     """Give the offset behind the member header at ``at`` (RFC 1952, section 2.3).
 
-    Raises `DamagedError` if there is none, or if ``stored`` ends within it.
+    Raises `DamagedError` if there is none, if ``stored`` ends within it, or if it has a checksum that is wrong.
     """
     data = memoryview(stored)
+    start = at
     if len(data) - at < 10:
         raise DamagedError("the gzip data ends within a member's header")
     if bytes(data[at : at + 3]) != b"\x1f\x8b\x08":
@@ -133,11 +134,12 @@ def member_header_end(stored: bytes | memoryview, at: int = 0) -> int:
     for flag in (_FNAME, _FCOMMENT):
         if flags & flag:
             at = _zero_from(data, at) + 1
-    if flags & _FHCRC:
-        at += 2
-    if at > len(data):
+    end = at + 2 if flags & _FHCRC else at
+    if end > len(data):
         raise DamagedError("the gzip data ends within a member's header")
-    return at
+    if flags & _FHCRC and int.from_bytes(data[at:end], "little") != isal_zlib.crc32(data[start:at]) & 0xFFFF:
+        raise DamagedError("a gzip member's header does not match its checksum")
+    return end
 
 
 def _zero_from(data: memoryview, at: int) -> int:
