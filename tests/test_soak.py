@@ -88,7 +88,7 @@ def test_a_wrong_byte_is_found(setting: Setting, driver: str) -> None:
     before = file.read_bytes()
     try:
         file.write_bytes(before.upper())
-        with pytest.raises(AssertionError, match=r"64 wrong; .*etc/motd"):
+        with pytest.raises(AssertionError, match=r"128 wrong; .*etc/motd"):
             mounted.readers(setting, driver)
     finally:
         file.write_bytes(before)

@@ -91,7 +91,7 @@ def verified(root: Path, job: Job, megabytes: int) -> str:
     assert run(["mkdir", str(place)]).returncode == 0
     words = ["fio", "--name=soak", f"--directory={place}", f"--size={megabytes}m", "--numjobs=2", "--loops=2"]
     words += ["--verify=crc32c", "--verify_fatal=1", "--do_verify=1", "--output-format=terse", *job.words]
-    done = run(words, limit=900)
+    done = run(words, limit=900, cwd=root)  # where it leaves what it noted
     assert run(["rm", "-rf", str(place)]).returncode == 0
     return "" if done.returncode == 0 else f"status {done.returncode}: {(done.stdout + done.stderr)[-500:]}"
 
@@ -102,7 +102,7 @@ def copied_up(root: Path, lower: Path) -> str:
     file = root / largest.relative_to(lower)
     words = ["fio", "--name=soak", f"--filename={file}", f"--size={largest.stat().st_size & ~4095}", "--rw=randwrite"]
     words += ["--bs=4k", "--verify=crc32c", "--verify_fatal=1", "--do_verify=1", "--output-format=terse"]
-    done = run(words, limit=900)
+    done = run(words, limit=900, cwd=root)
     return "" if done.returncode == 0 else f"status {done.returncode}: {(done.stdout + done.stderr)[-500:]}"
 
 
@@ -121,7 +121,7 @@ def fio(setting: Setting, driver: str) -> str:
         for name, job in jobs.items():
             ours, theirs = job(box / "rootfs"), job(plain)
             assert ours == theirs == "", f"{name}: {ours or 'well'}; over a plain directory: {theirs or 'well'}"
-    return f"{len(jobs)} jobs, two files of {setting.megabytes} MB each: every block verified; {', '.join(jobs)}"
+    return f"{len(jobs)} jobs, two files of {setting.megabytes} MB each: every block verified ({'; '.join(jobs)})"
 
 
 # -- what is held --------------------------------------------------------------------------------------------------
