@@ -640,6 +640,20 @@ def test_errors_of_the_source_pass_through() -> None:
             indexed(_Fails(made(how), 1_000_000, fail))
 
 
+def test_a_blob_that_was_shorter_for_a_moment_is_not_tried_the_slow_way() -> None:
+    class Wavering(MemoryBlob):
+        cut = False
+
+        def read_at(self, offset: int, size: int, /) -> bytes:
+            if size > 512 and not self.cut:
+                self.cut = True
+                return super().read_at(offset, size)[:-1]
+            return super().read_at(offset, size)
+
+    with pytest.raises(DamagedError, match="blob became shorter while it was read: it ends at"):
+        indexed(Wavering(gz(layer()[:51200])))
+
+
 def test_a_bug_in_the_pass_is_raised_as_one() -> None:
     def fail() -> None:
         raise ZeroDivisionError
@@ -712,6 +726,8 @@ def test_a_file_that_may_not_grow_is_a_machine_error(tmp_path: Path) -> None:
                 layer_index.build(MemoryBlob(layer()), out=out)
             with pytest.raises(MachineError, match="cannot write the index of blob"):
                 layer_index.build(MemoryBlob(made("one zstd stream")), out=out, reframed=copy)
+            with pytest.raises(MachineError, match="cannot write the index of blob: File too large"):
+                layer_index.build(MemoryBlob(made("gzip by zlib")), out=out)  # written in a lane
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
             signal.signal(signal.SIGXFSZ, ignored)

@@ -68,6 +68,14 @@ class _NoSpansError(Exception):
     """The gzip data has too few restart points, or is damaged; never leaves this module."""
 
 
+class _SourceError(Exception):
+    """Carries what went wrong with reading the blob through what decodes it; never leaves this module."""
+
+    def __init__(self, problem: OcifsError) -> None:
+        super().__init__()
+        self.problem = problem
+
+
 def run(job: Job, progress: Callable[[int], None], *, certain: bool = False) -> Built:
     """Make the index. ``progress`` is told stored bytes done; with ``certain`` gzip is re-framed at once."""
     return _Pass(job, progress).run(certain=certain)
@@ -380,7 +388,10 @@ class _Pass:
         spans = _GzipSpans(self._writer, self._layer_lane, self._stored_lane)
 
         def read(offset: int, size: int) -> bytes:
-            data = self._read_stored(offset, size)
+            try:
+                data = self._read_stored(offset, size)
+            except OcifsError as error:
+                raise _SourceError(error) from None
             spans.hold(offset, data)
             self.progress(offset + size)
             return data
@@ -389,6 +400,8 @@ class _Pass:
             for data, restart in restarts.walk(read, self.blob.size, GZIP_SPAN):
                 span = spans.take(data, restart)
                 self._layer_lane.put(self._take, data, span)
+        except _SourceError as error:
+            raise error.problem from None
         except DamagedError as error:
             # Whatever it was, the certain way says it better.
             raise _NoSpansError(str(error)) from None
