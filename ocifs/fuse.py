@@ -303,7 +303,7 @@ class DeviceAdapter(_ReadOnly):
         self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
         """LOOKUP."""
-        if not name.isdigit() or int(name) >= len(self._files):
+        if not name.isdigit() or int(name) >= len(self._files) or name != b"%d" % int(name):
             raise pyfuse3.FUSEError(errno.ENOENT)
         return self._attr(int(name) + 2)
 

@@ -501,7 +501,7 @@ def test_device_files_are_called_by_their_numbers(monkeypatch: pytest.MonkeyPatc
         entry = answer(adapter.lookup(1, b"%d" % number, CTX))
         assert (entry.st_ino, entry.st_size, stat.filemode(entry.st_mode)) == (number + 2, 8192, "-r--------")
         assert (entry.st_uid, entry.entry_timeout, entry.attr_timeout) == (os.geteuid(), FOREVER, FOREVER)
-    for name in (b"12", b"x", b"-1", b"", b".."):
+    for name in (b"12", b"x", b"-1", b"", b"..", b"00", b"01"):
         assert refusal(adapter.lookup(1, name, CTX)) == errno.ENOENT
     found: list[tuple[bytes, int]] = []
 
