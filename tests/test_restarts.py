@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import random
+import struct
 import zlib
 from functools import cache
 from itertools import pairwise
@@ -15,8 +16,9 @@ from hypothesis import strategies as st
 from isal import isal_zlib
 
 from ocifs.compression import restarts
-from ocifs.compression.gzip import MAX_WINDOW, inflate_span
+from ocifs.compression.gzip import MAX_WINDOW, SpanInflater, inflate_span
 from ocifs.errors import DamagedError
+from tests.support import deflate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -127,11 +129,12 @@ def test_stored_blocks_are_entered_on_their_byte() -> None:
     _, points = walked(stored)
     assert len(points) >= 4
     for at, point in points[1:]:
-        # A block of stored data: not the last, type 0, its length and the complement of that (RFC 1951, section 3.2.4).
-        head = stored[point.blob_offset : point.blob_offset + 5]
-        length = int.from_bytes(head[1:3], "little")
-        assert (point.bit, head[0], int.from_bytes(head[3:5], "little")) == (0, 0, length ^ 0xFFFF)
-        assert stored[point.blob_offset + 5 :].startswith(noise()[at : at + length])
+        # A block of stored data: type 0, then on whole bytes its length and that's complement (RFC 1951, section 3.2.4).
+        head = int.from_bytes(stored[point.blob_offset : point.blob_offset + 2], "little") >> point.bit
+        length_at = point.blob_offset + (point.bit + 10) // 8
+        length, again = struct.unpack_from("<HH", stored, length_at)
+        assert (head & 6, again) == (0, length ^ 0xFFFF)
+        assert stored[length_at + 4 :].startswith(noise()[at : at + length])
 
 
 @pytest.mark.parametrize(
@@ -147,10 +150,86 @@ def test_a_stream_without_visible_blocks_has_one_point(stored: bytes) -> None:
 
 @pytest.mark.parametrize("level", [1, 6, 9])
 def test_runs_have_points_too(level: int) -> None:
+    # In a run many places give the same output for a long time.
     data = text()[:100_000] + bytes(40_000_000) + b"\xff" * 40_000_000 + text()[:100_000]
-    out, points = walked(member(data, level), 4 << 20)
+    stored = member(data, level)
+    out, points = walked(stored, 4 << 20)
     assert out == data
-    assert max(second - first for (first, _), (second, _) in pairwise([*points, (len(data), points[0][1])])) < 16 << 20
+    for (at, point), (end, _) in pairwise([*points, (len(data), points[0][1])]):
+        assert end - at < 16 << 20
+        rest = stored[point.blob_offset :]
+        got = inflate_span(rest, bit=point.bit, window=point.window, size=end - at, at_header=point.at_header)
+        assert got == data[at:end]
+
+
+# -- what the proof stands on ----------------------------------------------------------------------------------------
+
+STREAMS: dict[str, Callable[[], bytes]] = {
+    "zlib": lambda: member(text()[:300_000])[10:-8],
+    "fixed": lambda: member(text()[:40_000], 6, zlib.Z_FIXED)[10:-8],
+    "stored": lambda: member(noise()[:200_000])[10:-8],
+    "mixed": lambda: member(mixed()[:600_000], memory=1)[10:-8],
+    "sync flushes": lambda: flushed(text()[:300_000])[10:-8],
+    "isal": lambda: isal_zlib.compress(text()[:300_000], 2, wbits=-15),
+}
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+def test_output_is_never_late_and_no_block_is_left_out(stream: str) -> None:
+    raw = STREAMS[stream]()
+    blocks, whole = deflate.blocks(raw)
+    decompressor = isal_zlib.decompressobj(wbits=-15)
+    fed = given = 0
+    for block in blocks:
+        # With the bytes up to a block's first bit all that lies before it comes out.
+        end = (block.bit_offset + 7) // 8
+        for at in range(fed, end):
+            given += len(decompressor.decompress(raw[at : at + 1]))
+        fed = end
+        assert given >= block.offset
+        if block.offset < len(whole):
+            start = max(0, block.bit_offset // 8 - 40)
+            assert block.bit_offset - 8 * start in restarts._possible(
+                raw[start:], block.bit_offset - 8 * start, whole[block.offset]
+            )
+
+
+def test_two_places_that_fit_are_no_proof(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = restarts._possible
+
+    def one_more(stored: bytes | memoryview, last: int, first: int) -> list[int]:
+        return sorted({*honest(stored, last, first), 3})
+
+    monkeypatch.setattr(restarts, "_possible", one_more)
+    fits = restarts._leads_to
+    monkeypatch.setattr(
+        restarts,
+        "_leads_to",
+        lambda data, stored, bit, window, *, ends: bit == 3 or fits(data, stored, bit, window, ends=ends),
+    )
+    out, points = walked(member(text()))
+    assert out == text()
+    assert [at for at, _ in points] == [0]
+
+
+def test_a_place_that_does_not_fit_to_the_end_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Inflater(SpanInflater):
+        def read(self, size: int) -> bytes:
+            data = super().read(size)
+            return data if size <= 64 else data[:-1] + bytes((data[-1] ^ 1,))
+
+    monkeypatch.setattr(restarts, "SpanInflater", Inflater)
+    out, points = walked(member(text()))
+    assert out == text()
+    assert [at for at, _ in points] == [0]
+
+
+@pytest.mark.parametrize("span", [1, 3, 1 << 19])
+def test_a_walk_over_cut_data_ends(span: int) -> None:
+    stored = member(text()[:3000])
+    for size in range(1, len(stored)):
+        with pytest.raises(DamagedError):
+            walked(stored[:size], span)
 
 
 def test_empty_members_are_no_points() -> None:

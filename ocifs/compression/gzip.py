@@ -196,6 +196,11 @@ class SpanInflater:
                 self._decompress(self._inflater, padding.whole + bytes((shared,)), 1)
                 self._at = 1
 
+    @property
+    def between_members(self) -> bool:
+        """Whether what was read ends with a member."""
+        return self._inflater is None
+
     def read(self, size: int) -> bytes:
         """Give the next ``size`` bytes, never more, whatever the data says.
 

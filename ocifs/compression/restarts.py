@@ -6,21 +6,20 @@ not, and no stock decompressor tells; but it can be watched.
 
 How a block is found
 ====================
-Where a span has become long enough, the decompressor is fed 32 bytes at a time. That gives something away:
+Where a span has become long enough, the decompressor is fed 32 bytes at a time, until a piece gives no output although
+the one before did. Behind the last symbol that gave output there can be only: the code that ends its block, of 15 bits at
+most, empty blocks, and the header of the next block that is not empty. (The header of a block with dynamic codes, RFC
+1951, section 3.2.7, takes 40 to 100 bytes, so that one piece falls within; of a stored one 5, so stored data, which comes
+out as it went in, is followed to its end by the length that its header says.) The last symbol with output ended in the
+piece before. So wherever that was, the next block, empty or not, begins *in that piece or in the 15 bits behind it*.
 
-*A header of dynamic codes* (RFC 1951, section 3.2.7) takes 40 to 100 bytes and gives no output. No other 32 bytes of a
-deflate stream give none: a symbol has 15 bits at most. So a piece without output lies in a header, everything decoded
-before it belongs to the blocks before, and the header begins in the few bytes in front. Which bit it is, is tried: few
-bits in a hundred look like such a header (`_looks_dynamic`).
-
-*Stored data* comes out as it went in. Where that ends, within a larger piece now, the next block begins, on a byte.
-
-Nothing found so is believed. A point counts if exactly one of the bits tried gives the next 32 KiB (or what is left of
-the member) as they were decoded. After 32 KiB a decoder's window holds only what it decoded itself, so the rest follows.
+All bits there are tried: decoding from the right one gives what was decoded, on to the next 64 KiB at least. If exactly one
+does, it is the right one, for the right one is among them. That holds whatever the data is made for; that wrong ones
+mostly fail is only why it pays. Two that both fit are accepted if they are the same: an empty block, and the one behind it.
 
 A stream in which nothing is found (one block from front to back, or only blocks of fixed codes) has no restart points;
-what to do then is the caller's to decide. Between points it is decoded in large steps, as fast as the library goes, and
-the search costs about 0.7 ms a point: half a block of 50 KB, 1.2 µs for each 32 bytes of it.
+what to do then is the caller's to decide. Between points it is decoded in large steps, as fast as the library goes. A
+point costs 1.5 ms, most of them for 1.2 µs each 32 bytes of the half block that is searched.
 
 Pure: what is stored comes through a function, what is decoded goes out in pieces. Not here: checksums of spans, hashes.
 """
@@ -33,7 +32,7 @@ from typing import Final, NamedTuple, cast
 
 from isal import isal_zlib
 
-from ocifs.compression.gzip import MAX_WINDOW, TRAILER_SIZE, inflate_span, member_header_end
+from ocifs.compression.gzip import MAX_WINDOW, TRAILER_SIZE, SpanInflater, member_header_end
 from ocifs.errors import DamagedError
 
 _CHUNK: Final = 1 << 18
@@ -53,28 +52,34 @@ _MAX_PIECE: Final = 4 << 20
 _PROBE: Final = 32
 """Bytes fed at a time while a block is looked for: less than half of most headers, so that one piece falls within."""
 _MIN_PROBE: Final = 8
-"""Where few different bytes occur headers are short: each search that fails halves the pieces, down to this."""
+"""Where few different bytes occur headers are short: a search that finds nothing goes on with half as many, down to this."""
+_PATIENCE: Final = 16
+"""Points found before larger pieces are tried again."""
 _RUN_RATIO: Final = 64
 _RUN_PROBE: Final = 4
 """Bytes fed where the data inflates more than 64-fold: zeros, mostly, whose blocks are 4 MiB in 4 KiB, their headers 13."""
+_STORED_PROBE: Final = 2
+"""Bytes fed where stored data should end: less than half of the header that follows."""
 _PROBES: Final = 256
+"""Pieces fed in one go."""
 _MAX_PROBES: Final = 1 << 14
+"""Pieces fed before a search is put off: 512 KiB, ten blocks of most compressors."""
 _MAX_SEARCHED: Final = 8 << 20
-"""Pieces fed before a search is put off, 512 KiB, ten blocks of most compressors; and bytes they may decode to."""
-_STORED_PROBE: Final = 1024
-_LAG: Final = 16
-"""Bytes by which the header may begin before the piece in front of the silent one: what the decompressor had buffered."""
-
-
+"""Bytes decoded before a search is put off: two blocks of zeros."""
+_TRIES: Final = 8
+"""Places that may prove to be none before a search is put off."""
+_MAX_CODE: Final = 15
+"""Bits of the longest code (RFC 1951, section 3.2.7)."""
+_LAG: Final = 8
+"""Bytes that are tried in front of the piece before, for a decompressor that would give its output late. isal does not."""
 _HEAD: Final = 10
 """Bytes of a header that are looked at, up to the lengths of the code lengths' own code."""
-_SILENCE: Final = 64
-"""Bits by which it may begin within the silent piece: the code that ends the block before (15) gives no output either, nor
-does an empty stored block (42 at most), which flushes leave in front of the next."""
-_TRIES: Final = 8
-"""How often a search goes on behind a place that proved to be none."""
 _PROOF_STEP: Final = 1 << 14
 """Bytes decoded at a time to have something to compare with."""
+_PROOF: Final = 0xFFFF + 64
+"""Bytes that are compared in all: more than a stored block has, for a bit that wrongly says that it is the last one."""
+_GLANCE: Final = 64
+"""Bytes that are compared first: nearly all wrong bits fail by then."""
 
 
 class Restart(NamedTuple):
@@ -108,13 +113,13 @@ def walk(read_at: Callable[[int, int], bytes], size: int, span: int) -> Iterator
     return iter(_Walk(read_at, size, span))
 
 
-class _Candidate(NamedTuple):
-    """A place where a block may begin."""
+class _Silence(NamedTuple):
+    """Where the decompressor fell silent: pieces as offsets in the blob."""
 
-    blob_offset: int
-    bit: int
-    behind: int
-    """Bytes of the data that was decoded behind the search which still lie in front of it."""
+    spoke: int
+    """Beginning of the last piece that gave output."""
+    fell: int
+    """Beginning of the next, which gave none."""
 
 
 class _Walk:
@@ -137,6 +142,7 @@ class _Walk:
         self._due = span
         self._step = _FIRST_STEP
         self._probe = _PROBE
+        self._points = 0
         self._begin_member()
 
     def __iter__(self) -> Iterator[Piece]:
@@ -256,52 +262,57 @@ class _Walk:
         """Decode to a place from which decoding can begin anew, and a little more; or give up for now."""
         for _ in range(_TRIES):
             searched: list[bytes] = []
-            candidates, held = self._candidates(searched)
+            silence = self._silence(searched)
             yield from self._out(b"".join(searched))
-            pieces, size = [held], len(held)
-            while candidates and size < MAX_WINDOW + _STORED_PROBE and not self._inflater.eof:
-                pieces.append(self._inflate(_PROOF_STEP))
-                size += len(pieces[-1])
-            data = b"".join(pieces)
-            proven = [point for point in candidates if self._proves(point, data)]
-            if len(proven) == 1:
-                point = proven[0]
-                yield from self._out(data[: point.behind])
-                self._found(Restart(point.blob_offset, point.bit, at_header=False, window=self._window()))
-                self._since = len(data) - point.behind
-                yield from self._out(data[point.behind :])
+            if silence is None:
+                if self._probe == _MIN_PROBE:
+                    break
+                self._probe //= 2
+                continue
+            following: list[bytes] = []
+            while sum(map(len, following)) < _PROOF and not self._inflater.eof:
+                following.append(self._inflate(_PROOF_STEP))
+            data = b"".join(following)
+            place = self._proven(silence, data[:_PROOF], ends=self._inflater.eof and len(data) <= _PROOF)
+            if place is not None:
+                self._found(Restart(place // 8, place % 8, at_header=False, window=self._window()))
+                self._since = len(data)
+                self._points += 1
+                if self._points % _PATIENCE == 0:
+                    self._probe = min(_PROBE, 2 * self._probe)
+                yield from self._out(data)
                 return
             yield from self._out(data)
-            if not candidates:
-                self._probe = max(_MIN_PROBE, self._probe // 2)
-                break
-        self._due = self._since + self._span // 4
+        self._due = self._since + max(1, self._span // 4)
 
-    def _candidates(self, out: list[bytes]) -> tuple[list[_Candidate], bytes]:
-        """Decode in small pieces, which go to ``out``, until a block seems to begin.
-
-        Gives where that may be, and the data of the last piece if they may lie within it.
-        """
+    def _silence(self, out: list[bytes]) -> _Silence | None:
+        """Decode in small pieces, which go to ``out``, until one gives nothing behind one that gave something."""
         probe = self._probe
-        end = self._at + probe * _MAX_PROBES
+        end = min(self._size, self._at + probe * _MAX_PROBES)
         until = self._since + _MAX_SEARCHED
-        while self._at < min(end, self._size) and self._since < until and not self._inflater.eof:
-            stored, data = self._fed(probe, out)
-            if not data and len(stored) == probe and not self._inflater.eof:
-                start = max(self._chunk_before_at, self._at - 2 * probe - _LAG)
-                seen = self._stored(start, self._at + _HEAD)
-                bits = _looks_dynamic(seen, 8 * (self._at - probe - start) + _SILENCE)
-                if bits:
-                    return [_Candidate(start + bit // 8, bit % 8, 0) for bit in bits], b""
+        spoke = -1
+        while self._at < end and self._since < until and not self._inflater.eof:
+            begin = self._at
+            size, data = self._fed(probe, out)
+            fell = self._at - size
+            if not data and not self._inflater.eof:
+                spoke = fell - probe if fell > begin else spoke
+                if spoke >= 0:
+                    return _Silence(spoke, fell)
+                continue
             out.append(data)
-            if data == stored and len(data) == probe:
-                return self._stored_end(out)
+            spoke = fell
             if len(data) > _RUN_RATIO * probe:
                 probe = _RUN_PROBE
-        return [], b""
+            elif size == probe and data == self._stored(fell, self._at) and (found := self._stored_end(out)):
+                return found
+        return None
 
-    def _fed(self, probe: int, out: list[bytes]) -> tuple[memoryview, bytes]:
-        """Decode some pieces of ``probe`` bytes, until one gives nothing, itself, or very much; give it and its data."""
+    def _fed(self, probe: int, out: list[bytes]) -> tuple[int, bytes]:
+        """Decode some pieces of ``probe`` bytes, to one that gives nothing, itself, or very much.
+
+        Those before go to ``out``; gives how large the last was, and its data.
+        """
         decompress, append = self._inflater.decompress, out.append
         before = len(out)
         chunk = self._next(_PROBES * probe)
@@ -320,64 +331,145 @@ class _Walk:
             raise _does_not_inflate(error) from None
         self._at += end - len(self._inflater.unused_data)
         self._decoded(b"".join((*out[before:], data)))
-        return stored, data
+        return len(stored), data
 
-    def _stored_end(self, out: list[bytes]) -> tuple[list[_Candidate], bytes]:
-        """Decode stored data in larger pieces, as `_candidates`, until it ends."""
-        at, stored, data = self._at, self._chunk[:0], b""
-        while data == stored and self._at < self._size and not self._inflater.eof:
+    def _stored_end(self, out: list[bytes]) -> _Silence | None:
+        """Follow what seems to be stored data to where it may end, by what may be the header of its block."""
+        start = max(self._chunk_before_at, self._at - _MAX_STORED)
+        for end in _stored_ends(self._stored(start, self._at)):
+            spoke = -1
+            while self._at < start + end and not self._inflater.eof:
+                left = start + end - self._at
+                spoke = self._at
+                out.append(self._decompress(self._next(left - _PROBE if left > _PROBE else left)))
+            if spoke < 0 or self._inflater.eof or self._at == self._size:
+                continue
+            fell = self._at
+            data = self._decompress(self._next(_STORED_PROBE))
+            if not data and out[-1] and not self._inflater.eof:
+                return _Silence(spoke, fell)
             out.append(data)
-            at, stored = self._at, self._next(_STORED_PROBE)
-            data = self._decompress(stored)
-        # By chance it may seem to go on for a few bytes more.
-        same = _common(data, stored)
-        return [_Candidate(at + behind, 0, behind) for behind in range(max(0, same - _LAG), same + 1)], data
+        return None
 
-    def _proves(self, point: _Candidate, data: bytes) -> bool:
-        """Whether decoding from the candidate gives what was decoded: ``data`` up to 32 KiB behind it."""
-        following = data[point.behind :][:MAX_WINDOW]
-        window = (self._window() + data[: point.behind])[-MAX_WINDOW:]
-        stored = self._stored(point.blob_offset, self._at)
-        try:
-            found = inflate_span(stored, bit=point.bit, window=window, size=len(following), at_header=False)
-        except DamagedError:
+    def _proven(self, silence: _Silence, data: bytes, *, ends: bool) -> int | None:
+        """Give the bit of the blob at which a block begins, if exactly one place leads to ``data``, which follows.
+
+        ``ends`` says that the member ends with it.
+        """
+        start = max(0, silence.spoke - _LAG)
+        if not data or start < self._chunk_before_at:
+            return None
+        stored = self._stored(start, self._at)
+        window = self._window()
+        fitting = [
+            bit
+            for bit in _possible(stored, 8 * (silence.fell - start) + _MAX_CODE, data[0])
+            if _leads_to(data, stored, bit, window, ends=ends)
+        ]
+        if not fitting:
+            return None
+        place = fitting[0]
+        for bit in fitting[1:]:
+            if not _is_same(stored, place, bit):
+                return None
+            place = bit
+        return 8 * start + place
+
+
+def _leads_to(data: bytes, stored: bytes | memoryview, bit: int, window: bytes, *, ends: bool) -> bool:
+    """Whether decoding from there gives ``data``, and the member ends where ``data`` does if it ``ends``."""
+    try:
+        inflater = SpanInflater(stored[bit // 8 :], bit=bit % 8, window=window, at_header=False)
+        glance = min(_GLANCE, len(data))
+        if inflater.read(glance) != data[:glance] or inflater.read(len(data) - glance) != data[glance:]:
             return False
-        return bool(following) and found == following
+    except DamagedError:
+        return False
+    return inflater.between_members or not ends
 
 
 def _does_not_inflate(error: Exception) -> DamagedError:
     return DamagedError(f"the gzip data does not inflate: {error}")
 
 
-def _common(one: bytes | memoryview, other: bytes | memoryview) -> int:
-    """Give how many bytes two strings begin with in common."""
-    pairs = zip(one, other, strict=False)
-    return next((at for at, (left, right) in enumerate(pairs) if left != right), min(len(one), len(other)))
-
-
 _KRAFT: Final = [sum(128 >> length for at in (0, 3, 6) if (length := lengths >> at & 7)) for lengths in range(512)]
 """For three lengths of codes, the part of all codes that they take, in 128ths."""
 
 
-def _looks_dynamic(stored: bytes | memoryview, last: int) -> list[int]:
-    """Give the bits, up to ``last``, at which a block with dynamic codes may begin (RFC 1951, section 3.2.7).
+def _literal(bits: int) -> int:
+    """Give the literal that nine bits begin with by the fixed codes (RFC 1951, section 3.2.6), -1 if none."""
+    code = int(f"{bits:09b}"[::-1], 2)  # codes are packed from their highest bit
+    if 0x30 <= code >> 1 <= 0xBF:
+        return (code >> 1) - 0x30
+    return code - 0x190 + 144 if code >= 0x190 else -1
 
-    What is asked: type 2, at most 286 and 30 codes, and that the code lengths' own code is complete.
+
+_LITERAL: Final = [_literal(bits) for bits in range(512)]
+
+
+def _possible(stored: bytes | memoryview, last: int, first: int) -> list[int]:
+    """Give the bits, up to ``last``, at which a block may begin whose data, or that of a later one, begins with ``first``.
+
+    Left out is only what isal refuses (and RFC 1951): type 3, stored blocks whose length is not given twice, dynamic codes
+    with more than 286 or 30 of them or with lengths for more codes than there are, fixed codes of another literal.
     """
-    value = int.from_bytes(stored, "little")
-    typed = value >> 2 & ~(value >> 1) & (1 << last + 1) - 1
+    value = int.from_bytes(stored[: last // 8 + _HEAD + 2], "little")
     found = []
-    while typed:
-        bit = (typed & -typed).bit_length() - 1
-        typed &= typed - 1
+    for bit in range(last + 1):
         head = value >> bit + 3
-        if head & 31 > 29 or head >> 5 & 31 > 29:
-            continue
-        lengths = head >> 14 & (1 << 3 * ((head >> 10 & 15) + 4)) - 1
-        part = 0
-        while lengths:
-            part += _KRAFT[lengths & 511]
-            lengths >>= 9
-        if part == 128:
-            found.append(bit)
+        match value >> bit + 1 & 3:
+            case 0:
+                at = (bit + 10) // 8
+                length, again = stored[at : at + 2], stored[at + 2 : at + 4]
+                if len(again) < 2 or all(one ^ other == 0xFF for one, other in zip(length, again, strict=True)):
+                    found.append(bit)
+            case 1:
+                if _LITERAL[head & 511] in {-1, first}:
+                    found.append(bit)
+            case 2:
+                if head & 31 <= 29 and (head >> 5 & 31) <= 29:
+                    lengths = head >> 14 & (1 << 3 * ((head >> 10 & 15) + 4)) - 1
+                    part = 0
+                    while lengths:
+                        part += _KRAFT[lengths & 511]
+                        lengths >>= 9
+                    if part <= 128:
+                        found.append(bit)
+            case _:
+                pass
     return found
+
+
+def _is_same(stored: bytes | memoryview, bit: int, later: int) -> bool:
+    """Whether decoding from either comes to the same: behind an empty block, or at one stored header's length."""
+    at = (bit + 10) // 8
+    head = int.from_bytes(stored[bit // 8 : bit // 8 + 3], "little") >> bit % 8
+    if head & 6:
+        return head & 0x3FE == 2 and later == bit + 10  # fixed codes, and the one that ends the block
+    if later < 8 * at:
+        other = int.from_bytes(stored[later // 8 : later // 8 + 2], "little") >> later % 8
+        return (later + 10) // 8 == at and other & 7 == head & 7
+    return later == 8 * at + 32 and bytes(stored[at : at + 2]) == b"\0\0"
+
+
+_MAX_STORED: Final = 5 + 0xFFFF
+"""Bytes of the longest stored block, with its header."""
+_MAX_GUESSES: Final = 4
+
+
+def _stored_ends(stored: bytes | memoryview) -> list[int]:
+    """Give the places behind ``stored`` at which a stored block may end that begins in it: the nearest first.
+
+    A header's length is followed by its complement (RFC 1951, section 3.2.4), as one in 65,536 other places is.
+    """
+    size = len(stored) - 2
+    value = int.from_bytes(stored[:-2], "little") ^ int.from_bytes(stored[2:], "little")
+    differs = value.to_bytes(size, "little") if size > 0 else b""
+    ends = set()
+    at = differs.find(b"\xff\xff")
+    while at >= 0:
+        end = at + 4 + int.from_bytes(stored[at : at + 2], "little")
+        if end > len(stored):
+            ends.add(end)
+        at = differs.find(b"\xff\xff", at + 1)
+    return sorted(ends)[:_MAX_GUESSES]
