@@ -17,8 +17,11 @@ if TYPE_CHECKING:
 
     from tests.soak.setting import Setting
 
-ELSEWHERE = {"bind-mount", "binderfs", "eventfd", "ioprio", "procfs"}
-"""Stressors of stress-ng's class `filesystem` that are not about the file system they work on."""
+ELSEWHERE = {"bind-mount", "binderfs", "eventfd", "fanotify", "ioprio", "procfs"}
+"""Stressors of stress-ng's class `filesystem` that are not about the file system they work on; fanotify asks every mount of
+the machine, also those of other people that do not answer."""
+PATIENCE = 60
+"""Seconds that a stressor may take longer than it was told."""
 ENDS = {0: "passed", 2: "failed", 3: "had no resources", 4: "is not for this file system"}
 """Exit statuses of stress-ng(1)."""
 
