@@ -9,13 +9,13 @@ How a read is answered
     somebody is decoding is waited for (single flight: each is decoded at most once at a time, and a failure is shared by
     those who wait but not remembered). Anything else is decoded in a worker thread; decoders release the GIL.
 
-    *Only as far as needed.* A span met out of order is decoded up to where the reader stops, plus `SLACK`: a reader that
-    wants one small file from a cold span does not pay for its end. Who then asks for more goes on from there, twice as far
-    each time. Starting `python3 -c 'import numpy'` so decodes 130 MB instead of 195, in 34 spans of 4 MiB.
+    *Only as far as needed.* A span of gzip met out of order is decoded up to where the reader stops, plus `SLACK`: a
+    reader that wants one small file from a cold span does not pay for its end. Who then asks for more goes on from there,
+    twice as far each time. Starting `python3 -c 'import numpy'` so decodes 130 MB instead of 195, in 34 spans of 4 MiB.
 
     *Ahead.* When a reader has come from the span before, the next one is decoded on another thread while the kernel
     digests this one. One span ahead is enough: decoding is faster than copying through FUSE, and more would evict
-    what other readers need.
+    what other readers need. One read over two spans is no such reader yet. A thread is left for who really waits.
 
 Concurrency contract
     The classes here belong to one thread: under trio the event loop's, in a command the main thread. Only `LayerData` and
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 DEFAULT_CACHE = 128 << 20
-"""Bytes of decoded spans that are kept: 128 MiB, sixty-four spans of 2 MiB."""
+"""Bytes of decoded spans that are kept: 128 MiB, thirty-two spans of 4 MiB."""
 
 SLACK = 256 << 10
 """Bytes decoded beyond what a reader of a cold span asked for: 256 KiB, some readahead and a few small files."""
@@ -126,9 +126,10 @@ class SpanCache:
         _, cost = self._spans.pop(key, (None, 0))
         self.size -= cost
 
-    def __contains__(self, key: SpanKey) -> bool:
-        """Tell whether anything of the span is here, without marking it as used."""
-        return key in self._spans
+    def peek(self, key: SpanKey) -> DecodedSpan | None:
+        """Give what is here of the span without marking it as used."""
+        found = self._spans.get(key)
+        return None if found is None else found[0]
 
 
 class _Flight:
@@ -138,6 +139,23 @@ class _Flight:
         self.landed = landed
         self.span: DecodedSpan | None = None
         self.error: OcifsError | None = None
+
+
+class _Course:
+    """How a layer is being read: where the last read began and ended, and whether it came from the one before it."""
+
+    def __init__(self) -> None:
+        self.forward = False
+        self.ahead = -1
+        """The span that was decoded ahead of this reader, or found to need no decoding."""
+        self._first = self._last = -2
+
+    def follow(self, first: int, last: int) -> None:
+        """Take note of a read of spans ``first`` to ``last``."""
+        if first != self._first:
+            self.forward = self._first < first <= self._last + 1
+            self.ahead = -1
+        self._first, self._last = first, last
 
 
 class SpanReader:
@@ -156,7 +174,9 @@ class SpanReader:
         self.ahead_spans = 0
         self.decoded_bytes = 0
         self._flights: dict[SpanKey, _Flight] = {}
-        self._last: dict[int, int] = {}
+        self._ahead: set[SpanKey] = set()
+        """Spans that are to be decoded, or are being decoded, and that nobody has asked for yet."""
+        self._courses = {number: _Course() for number in self.layers}
         self._threads = threads
         self._limiter: trio.CapacityLimiter | None = None
 
@@ -168,8 +188,15 @@ class SpanReader:
         """Give ``size`` bytes at ``layer_offset`` of a layer's tar as views of its spans; `DamagedError` beyond its end."""
         parts: list[memoryview] = []
         got = 0
-        for span, start, stop in self.layers[layer].slices(layer_offset, size):
-            parts += (await self._span(SpanKey(layer, span), stop)).views(start, stop)
+        slices = list(self.layers[layer].slices(layer_offset, size))
+        course = self._courses[layer]
+        if slices:
+            course.follow(slices[0].span, slices[-1].span)
+        for span, start, stop in slices:
+            self._ahead.discard(SpanKey(layer, span))
+            if course.forward and span == slices[-1].span and course.ahead != span + 1:
+                self._decode_ahead(course, SpanKey(layer, span + 1))
+            parts += (await self._span(SpanKey(layer, span), stop, whole=course.forward)).views(start, stop)
             got += stop - start
         _check_length(layer, got, size)
         return parts
@@ -197,7 +224,9 @@ class SpanReader:
             span = self.cache.get(key)
             if span is None or span.size < stop:
                 span = DecodedSpan()
-                self._grown(key, span, self.layers[layer].decode(number))
+                piece = self.layers[layer].decode(number)
+                _check_decoded(key, len(piece), self._size(key))
+                self._grown(key, span, piece)
             parts += span.views(start, stop)
             got += stop - start
         _check_length(layer, got, size)
@@ -211,14 +240,11 @@ class SpanReader:
         span.append(piece, decoder)
         self.cache.put(key, span)
 
-    async def _span(self, key: SpanKey, need: int) -> DecodedSpan:
-        """Give the span, at least its first ``need`` bytes decoded."""
-        layer, number = key
-        forward = self._last.get(layer) == number - 1
-        if forward or self._last.get(layer) != number:
-            self._last[layer] = number
-            if forward:
-                self._decode_ahead(SpanKey(layer, number + 1))
+    def _size(self, key: SpanKey) -> int:
+        return self.layers[key.layer].index.spans.layer_range(key.span).size
+
+    async def _span(self, key: SpanKey, need: int, *, whole: bool) -> DecodedSpan:
+        """Give the span, at least its first ``need`` bytes decoded; ``whole`` says to decode all, if anything."""
         while True:
             span = self.cache.get(key)
             if span is not None and span.size >= need:
@@ -226,7 +252,7 @@ class SpanReader:
                 return span
             flight = self._flights.get(key)
             if flight is None:
-                return await self._decode(key, span or DecodedSpan(), None if forward else need)
+                return await self._decode(key, span or DecodedSpan(), None if whole else need)
             await flight.landed.wait()
             if flight.error is not None:
                 raise flight.error
@@ -241,9 +267,10 @@ class SpanReader:
         if self._limiter is None:
             self._limiter = trio.CapacityLimiter(self._threads)
         layer = self.layers[key.layer]
-        size = layer.index.spans.layer_range(key.span).size
-        # Who asks again and again runs through the span: twice as far each time.
-        target = size if need is None else min(size, max(need + SLACK, 2 * span.size))
+        target = self._size(key)
+        if need is not None and layer.index.partly:
+            # Who asks again and again runs through the span: twice as far each time.
+            target = min(target, max(need + SLACK, 2 * span.size))
 
         def further() -> tuple[SpanDecoder, bytes | memoryview]:
             decoder = span.decoder or layer.begin(key.span)
@@ -252,12 +279,7 @@ class SpanReader:
         flight = self._flights[key] = _Flight(trio.Event())
         try:
             decoder, piece = await trio.to_thread.run_sync(further, limiter=self._limiter)
-            if len(piece) < target - span.size:
-                message = (
-                    f"span {key.span} of layer {key.layer} decoded to {span.size + len(piece)} bytes; "
-                    f"{target} were expected"
-                )
-                raise DamagedError(message)
+            _check_decoded(key, span.size + len(piece), target)
             self._grown(key, span, piece, decoder)
             flight.span = span
         except Exception as error:
@@ -270,25 +292,43 @@ class SpanReader:
             flight.landed.set()
         return span
 
-    def _decode_ahead(self, key: SpanKey) -> None:
+    def _decode_ahead(self, course: _Course, key: SpanKey) -> None:
         """Start decoding a span that nobody asked for yet, if there is such a span and a thread is free for it."""
-        layer = self.layers[key.layer]
-        if key.span >= len(layer.index.spans) or key in self.cache or key in self._flights:
-            return
-        if self._threads < 2 or len(self._flights) >= self._threads:  # noqa: PLR2004 (one is for who waits)
-            return
-        import trio  # noqa: PLC0415
+        if key.span < len(self.layers[key.layer].index.spans) and key not in self._ahead and self._undecoded(key):
+            if self._busy() or len(self._ahead) >= self._threads - 1:
+                return
+            import trio  # noqa: PLC0415
 
-        trio.lowlevel.spawn_system_task(self._ahead, key)
+            self._ahead.add(key)
+            trio.lowlevel.spawn_system_task(self._fly_ahead, key)
+        course.ahead = key.span
 
-    async def _ahead(self, key: SpanKey) -> None:
-        if key in self._flights or key in self.cache:
-            return
-        self.ahead_spans += 1
+    def _busy(self) -> bool:
+        """Tell whether whoever wants a span decoded now has to wait for a thread."""
+        return len(self._flights) >= self._threads
+
+    def _undecoded(self, key: SpanKey) -> bool:
+        """Tell whether something of the span is left to decode that nobody is decoding."""
+        span = self.cache.peek(key)
+        return key not in self._flights and (span is None or span.size < self._size(key))
+
+    async def _fly_ahead(self, key: SpanKey) -> None:
         try:
-            await self._decode(key, DecodedSpan(), None)
+            # Since the task was started readers may have come for the span itself, or for the threads.
+            if self._undecoded(key) and not self._busy():
+                span = self.cache.peek(key)
+                self.ahead_spans += span is None
+                await self._decode(key, span or DecodedSpan(), None)
         except Exception as error:  # noqa: BLE001 (a system task must not fail; who really reads the span gets the error)
             _log.debug("decoding ahead failed: %s", error)
+        finally:
+            self._ahead.discard(key)
+
+
+def _check_decoded(key: SpanKey, size: int, expected: int) -> None:
+    if size < expected:
+        message = f"span {key.span} of layer {key.layer} decoded to {size} bytes; {expected} were expected"
+        raise DamagedError(message)
 
 
 def _check_length(layer: int, got: int, size: int) -> None:

@@ -38,6 +38,10 @@ def no_warnings_logged(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 # -- the cache -------------------------------------------------------------------------------------------------------
 
 
+def kept(cache: SpanCache, key: SpanKey) -> bool:
+    return cache.peek(key) is not None
+
+
 def span_of(size: int, left: int = 0) -> DecodedSpan:
     """A span of which ``size`` bytes are decoded and ``left`` are not; until they are it takes 7 bytes more."""
     span = DecodedSpan()
@@ -55,10 +59,10 @@ def test_the_cache_is_bounded_in_bytes_and_the_least_recently_used_goes_first() 
     assert cache.size == 80
     assert cache.get(a) is first
     cache.put(c, span_of(40))  # b goes, since a was used after it
-    assert (a in cache, b in cache, c in cache, cache.size) == (True, False, True, 80)
-    assert a in cache  # asking whether it is there is no use
+    assert (kept(cache, a), kept(cache, b), kept(cache, c), cache.size) == (True, False, True, 80)
+    assert kept(cache, a)  # asking whether it is there is no use
     cache.put(d, span_of(60))
-    assert (a in cache, c in cache, d in cache, cache.size) == (False, True, True, 100)
+    assert (kept(cache, a), kept(cache, c), kept(cache, d), cache.size) == (False, True, True, 100)
 
 
 def test_one_large_span_may_drive_out_several() -> None:
@@ -67,16 +71,16 @@ def test_one_large_span_may_drive_out_several() -> None:
         cache.put(SpanKey(1, number), span_of(10))
     cache.put(SpanKey(2, 0), span_of(95))
     assert cache.size == 95
-    assert [number for number in range(10) if SpanKey(1, number) in cache] == []
+    assert [number for number in range(10) if kept(cache, SpanKey(1, number))] == []
 
 
 def test_a_span_larger_than_the_cache_is_not_kept_and_drives_nothing_out() -> None:
     cache = SpanCache(100)
     cache.put(SpanKey(1, 0), span_of(50))
     cache.put(SpanKey(1, 1), span_of(101))
-    assert (SpanKey(1, 0) in cache, SpanKey(1, 1) in cache, cache.size) == (True, False, 50)
+    assert (kept(cache, SpanKey(1, 0)), kept(cache, SpanKey(1, 1)), cache.size) == (True, False, 50)
     cache.put(SpanKey(1, 2), span_of(100))
-    assert (SpanKey(1, 0) in cache, SpanKey(1, 2) in cache, cache.size) == (False, True, 100)
+    assert (kept(cache, SpanKey(1, 0)), kept(cache, SpanKey(1, 2)), cache.size) == (False, True, 100)
 
 
 def test_a_span_under_way_takes_its_stored_bytes_too_and_may_grow() -> None:
@@ -90,7 +94,7 @@ def test_a_span_under_way_takes_its_stored_bytes_too_and_may_grow() -> None:
     assert cache.size == 50 + 7 + 40
     span.append(decoder.read(10), decoder)
     cache.put(SpanKey(1, 0), span)
-    assert (SpanKey(1, 1) in cache, cache.size) == (False, 67)
+    assert (kept(cache, SpanKey(1, 1)), cache.size) == (False, 67)
     span.append(decoder.read(20), decoder)
     cache.put(SpanKey(1, 0), span)
     assert (cache.size, span.size, span.decoder) == (80, 80, None)
@@ -107,27 +111,28 @@ def test_spans_of_different_layers_are_different() -> None:
     assert cache.limit == DEFAULT_CACHE == 134_217_728
 
 
-@given(st.lists(st.tuples(st.integers(0, 8), st.integers(0, 60), st.booleans()), max_size=60))
-def test_the_cache_agrees_with_a_list(steps: list[tuple[int, int, bool]]) -> None:
-    """The list holds (span, size), the least recently used first."""
+@given(st.lists(st.tuples(st.integers(0, 8), st.integers(0, 120), st.integers(0, 2), st.booleans()), max_size=60))
+def test_the_cache_agrees_with_a_list(steps: list[tuple[int, int, int, bool]]) -> None:
+    """The list holds (span, cost), the least recently used first; spans of which some is left cost 7 more."""
     cache, model = SpanCache(100), list[tuple[int, int]]()
-    for span, size, reads in steps:
+    for span, size, left, reads in steps:
         old = dict(model).get(span)
         if reads:
             found = cache.get(SpanKey(1, span))
-            assert (None if found is None else found.size) == old
+            assert (None if found is None else found.cost) == old
             if old is not None:
                 model.remove((span, old))
                 model.append((span, old))
             continue
-        cache.put(SpanKey(1, span), span_of(size) if size else DecodedSpan())
+        cache.put(SpanKey(1, span), span_of(size, left) if size + left else DecodedSpan())
         if old is not None:
             model.remove((span, old))
-        model.append((span, size))
+        if (cost := size + 7 * (left > 0)) <= 100:
+            model.append((span, cost))
         while sum(kept for _, kept in model) > 100:
             model.pop(0)
         assert cache.size == sum(kept for _, kept in model)
-        assert all((SpanKey(1, number) in cache) == (number in dict(model)) for number in range(9))
+        assert all(kept(cache, SpanKey(1, number)) == (number in dict(model)) for number in range(9))
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.integers(0, 80), st.integers(0, 80))
@@ -541,6 +546,29 @@ def test_a_decoder_that_gives_too_little_is_damage() -> None:
     assert reader.cache.size == 0
 
 
+def test_a_blocking_reader_of_a_decoder_that_gives_too_little_gets_damage() -> None:
+    index, data = layer(1000)
+    index.short.add(0)
+    reader = SpanReader([data])
+    with pytest.raises(DamagedError) as caught:
+        reader.read_blocking(1, 990, 10)
+    assert str(caught.value) == "span 0 of layer 1 decoded to 999 bytes; 1000 were expected"
+    assert reader.cache.size == 0
+
+
+def test_spans_that_are_not_worth_decoding_partly_are_decoded_whole() -> None:
+    index, data = layer(LARGE, LARGE)
+    index.partly = False
+    reader = SpanReader([data])
+
+    async def test() -> None:
+        assert joined(await reader.read(1, 1000, 500)) == index.data[1000:1500]
+
+    run(test)
+    assert index.decoded == [(0, None)]
+    assert reader.cache.size == LARGE
+
+
 # -- ahead -----------------------------------------------------------------------------------------------------------
 
 
@@ -677,6 +705,121 @@ def test_a_reader_waits_for_its_span_if_that_is_being_decoded_ahead() -> None:
     run(test)
     assert got == [index.data[200:210]]
     assert [span for span, _ in index.decoded].count(2) == 1
+
+
+def test_one_read_over_two_spans_is_not_forward_until_its_reader_goes_on() -> None:
+    index, data = layer(*[LARGE] * 6)
+    reader = SpanReader([data])
+
+    async def step(start: int, expected: list[tuple[int, tuple[int, int] | None]]) -> None:
+        index.decoded.clear()
+        assert joined(await reader.read(1, start, 20)) == index.data[start : start + 20]
+        await settle(reader)
+        assert sorted(index.decoded, key=str) == expected
+
+    async def test() -> None:
+        await step(LARGE - 10, [(0, None), (1, (0, 10 + SLACK))])
+        await step(LARGE - 10, [])
+        await step(LARGE + SLACK, [(1, (10 + SLACK, LARGE)), (2, None)])  # went on: the rest, and the next ahead
+        await step(2 * LARGE - 10, [(3, None)])  # had come forward before
+        await step(3 * LARGE - 10, [(4, None)])
+        await step(LARGE - 10, [])
+        await step(5 * LARGE - 10, [(5, (0, 10 + SLACK))])
+
+    run(test)
+
+
+def test_what_is_decoded_ahead_goes_on_from_where_it_stopped() -> None:
+    index, data = layer(*[LARGE] * 4)
+    reader = SpanReader([data])
+
+    async def test() -> None:
+        await reader.read(1, 2 * LARGE, 10)
+        await reader.read(1, LARGE - 10, 10)
+        await reader.read(1, LARGE, 10)
+        await settle(reader)
+        assert sorted(index.decoded[2:], key=str) == [(1, None), (2, (10 + SLACK, LARGE))]
+        assert joined(await reader.read(1, 2 * LARGE, LARGE)) == index.data[2 * LARGE : 3 * LARGE]
+        assert len([span for span, _ in index.decoded if span == 2]) == 2
+
+    run(test)
+    assert (reader.decoded_spans, reader.ahead_spans) == (4, 1)  # the fourth is ahead of who read the third
+
+
+@pytest.mark.parametrize(("threads", "most"), [(2, 1), (3, 2)])
+def test_many_forward_readers_leave_a_thread_for_who_waits(threads: int, most: int) -> None:
+    pairs = [layer(*[100] * 4, number=number) for number in range(1, 5)]
+    for index, _ in pairs:
+        index.held[2] = threading.Event()
+    reader = SpanReader([data for _, data in pairs], threads=threads)
+    other = pairs[3][0]
+
+    async def test() -> None:
+        for number in range(1, 5):
+            await reader.read(number, 100, 10)  # so that what is ahead is all that is to be decoded next
+            await reader.read(number, 0, 10)
+        async with trio.open_nursery() as nursery:
+            for number in range(1, 5):
+                nursery.start_soon(reader.read, number, 100, 10)
+            await trio.testing.wait_all_tasks_blocked()
+            assert reader.ahead_spans == most
+            assert joined(await reader.read(4, 300, 10)) == other.data[300:310]
+            for index, _ in pairs:
+                index.held[2].set()
+        await settle(reader)
+
+    run(test)
+
+
+def test_nothing_is_decoded_ahead_while_all_threads_are_busy() -> None:
+    one, first = layer(*[100] * 4, number=1)
+    two, second = layer(*[100] * 4, number=2)
+    two.held = {0: threading.Event(), 2: threading.Event()}
+    reader = SpanReader([first, second])
+
+    async def test() -> None:
+        await reader.read(1, 100, 10)
+        await reader.read(1, 0, 10)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(reader.read, 2, 0, 10)
+            nursery.start_soon(reader.read, 2, 200, 10)
+            await trio.testing.wait_all_tasks_blocked()
+            await reader.read(1, 100, 10)
+            await trio.testing.wait_all_tasks_blocked()
+            assert reader.ahead_spans == 0
+            for event in two.held.values():
+                event.set()
+        await reader.read(1, 150, 10)  # now there is a thread
+        await settle(reader)
+
+    run(test)
+    assert spans_decoded(one) == [0, 1, 2]
+
+
+def test_who_comes_for_a_thread_before_what_is_ahead_begins_gets_it() -> None:
+    one, first = layer(*[100] * 4, number=1)
+    two, second = layer(*[100] * 4, number=2)
+    two.held = {0: threading.Event(), 2: threading.Event()}
+    reader = SpanReader([first, second])
+
+    async def test() -> None:
+        await reader.read(1, 100, 10)
+        await reader.read(1, 0, 10)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(reader.read, 2, 0, 10)
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(forward_and_elsewhere)
+            await trio.testing.wait_all_tasks_blocked()
+            assert reader.ahead_spans == 0
+            for event in two.held.values():
+                event.set()
+
+    async def forward_and_elsewhere() -> None:
+        await reader.read(1, 100, 10)  # is in the cache, so the task that decodes ahead has not begun
+        await reader.read(2, 200, 10)
+
+    run(test)
+    assert spans_decoded(one) == [0, 1]
 
 
 def test_ending_the_loop_while_something_is_decoded_ahead_is_quiet() -> None:

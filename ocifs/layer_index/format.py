@@ -361,8 +361,13 @@ class LayerIndex:
         except DamagedError as error:
             raise self._damaged(str(error)) from None
 
+    @property
+    def partly(self) -> bool:
+        """Whether it is worth decoding part of a span: of gzip. Others are smaller, and a decoder of zstd holds a window."""
+        return self.compression is Compression.GZIP and not self.reframed
+
     def window(self, number: int) -> bytes:
-        """Give the window of span ``number``: up to 32 KiB before it, unused bytes zeroed; empty if it needs none."""
+        """Give the window of span ``number``: the 32 KiB before it, with zeros in front; empty if it needs none."""
         span = self.spans[number]
         if not span.window_size:
             return b""

@@ -53,6 +53,7 @@ class FakeIndex:
         assert sum(sizes) == len(data)
         self.data = data
         self.layer_size = len(data)
+        self.partly = True
         self.spans = FakeSpans(sizes)
         self.decoded: list[tuple[int, tuple[int, int] | None]] = []
         """Spans in the order of decoding, each with what was decoded of it, from and to; None for all of it."""
