@@ -355,6 +355,17 @@ def test_any_flipped_bit_of_the_stored_bytes_is_damage(how: str) -> None:
         assert hit >= 1
 
 
+def test_only_spans_of_gzip_are_worth_decoding_partly() -> None:
+    ways = ("plain", "gzip by zlib", "zstd frames", "one zstd stream")
+    short = {how: {**IN_PLACE, **REFRAMED}[how](layer()[:51200]) for how in ways}
+    short["re-framed gzip"] = gz(b"") * 70_000  # nowhere in 1.4 MB can a span begin
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(passes, "MAX_STORED", 1 << 20)
+        indexes = {how: indexed(stored).index for how, stored in short.items()}
+    assert [how for how, index in indexes.items() if index.partly] == ["gzip by zlib"]
+    assert indexes["re-framed gzip"].reframed
+
+
 def test_a_blob_that_became_shorter_is_damage() -> None:
     one = sample()
     last = len(one.index.spans) - 1
