@@ -24,6 +24,7 @@ from ocifs.errors import CacheDamagedError, DamagedError, MachineError, OcifsErr
 from ocifs.image import ImageOptions, Resolved, open_image, open_layers, resolve
 from ocifs.image.indexing import MAX_PASSES, Indexing
 from ocifs.rootfs import NotReadableError, RootFS, view
+from ocifs.rules import MountPoint
 from ocifs.store import Kind, Store
 from ocifs.tree import Kind as NodeKind
 from tests.support.layout import (
@@ -222,12 +223,19 @@ def test_a_layer_that_comes_twice_in_one_image_is_indexed_once(store: Store, tmp
     assert not any(event[0] == "waiting" for event in spy.events)
 
 
-@pytest.mark.parametrize("option", ["examine", "show_whiteout_devices", "follow_dirlinks", "all_xattrs", "layer"])
+OPTIONS: dict[str, object] = {
+    **dict.fromkeys(["examine", "show_whiteout_devices", "follow_dirlinks", "all_xattrs"], True),
+    "layer": 1,
+    "mount_points": (MountPoint(b"/proc"),),
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
 def test_every_merge_option_makes_a_tree_of_its_own(store: Store, tmp_path: Path, option: str) -> None:
     write_layout(tmp_path / "image", [BASE])
     look(store, f"oci:{tmp_path}/image")
     plain = inodes(store, Kind.TREE)
-    value = 1 if option == "layer" else True
+    value = OPTIONS[option]
     spy = Spy()
     look(store, f"oci:{tmp_path}/image", spy, **{option: value})
     assert ("merging", 1) in spy.events
@@ -239,7 +247,7 @@ def test_every_merge_option_makes_a_tree_of_its_own(store: Store, tmp_path: Path
 
 def test_merge_options_are_those_that_have_a_test_above() -> None:
     assert {field.name for field in msgspec.structs.fields(overlay.MergeOptions)} == {
-        *("examine", "show_whiteout_devices", "follow_dirlinks", "all_xattrs", "single_layer")
+        *("examine", "show_whiteout_devices", "follow_dirlinks", "all_xattrs", "single_layer", "mount_points")
     }
 
 

@@ -120,8 +120,12 @@ def test_points_are_found_and_lead_on_to_the_next(writer: str) -> None:
 
 
 def test_blocks_start_at_every_bit() -> None:
-    bits = {point.bit for level in range(1, 10) for _, point in walked(member(text(), level), 1 << 14)[1]}
-    assert bits == set(range(8))
+    bits: set[int] = set()
+    for level in range(9, 0, -1):
+        bits |= {point.bit for _, point in walked(member(text(), level), 1 << 14)[1]}
+        if bits == set(range(8)):
+            return
+    pytest.fail(f"only bits {bits}")
 
 
 def test_stored_blocks_are_entered_on_their_byte() -> None:
