@@ -240,10 +240,10 @@ def test_c2_zstd_frames_are_walked_without_decompressing() -> None:
     first, second = zstandard.compress(TEXT), streamed(TEXT[:5000], level=3)
     data = SKIPPABLE + first + second + SKIPPABLE
     assert frames(data) == [
-        (0, 11, 0, 0),
-        (11, len(first), 70_000, 70_000),
-        (11 + len(first), len(second), None, 128 << 10),
-        (len(data) - 11, 11, 0, 0),
+        (0, 11, 0),
+        (11, len(first), 70_000),
+        (11 + len(first), len(second), 128 << 10),
+        (len(data) - 11, 11, 0),
     ]
     assert zstd.FramesInflater(data).read(75_000) == TEXT + TEXT[:5000]
     inflater = zstd.FramesInflater(data)
@@ -254,12 +254,31 @@ def test_c2_zstd_frames_are_walked_without_decompressing() -> None:
     assert zstd.inflate_unsized(data, bound=75_000) == TEXT + TEXT[:5000]
 
 
+def test_zstd_headers_that_lie_close_together_are_read_together() -> None:
+    empty_block, last_block = bytes(3), b"\x01\0\0"
+    tiny_blocks = b"\x28\xb5\x2f\xfd\0\x58" + empty_block * 200_000 + last_block
+    large_blocks = zstandard.compress(random.Random(1).randbytes(5_000_000))
+    for data, reads, most in (
+        (tiny_blocks, 15, 700_000),
+        (SKIPPABLE * 50_000, 15, 700_000),
+        (large_blocks, 45, 500_000),
+    ):
+        sizes: list[int] = []
+
+        def read_at(offset: int, size: int, data: bytes = data, sizes: list[int] = sizes) -> bytes:
+            sizes.append(len(data[offset : offset + size]))
+            return data[offset : offset + size]
+
+        assert sum(frame.blob_size for frame in zstd.walk(read_at, len(data))) == len(data)
+        assert (len(sizes) <= reads, sum(sizes) <= most) == (True, True)
+
+
 @pytest.mark.parametrize("size", [0, 1, 255, 256, 65_791, 65_792, 150_000])
 @pytest.mark.parametrize("checksum", [False, True])
 def test_zstd_headers_of_every_size(size: int, checksum: bool) -> None:  # noqa: FBT001
     for level in (-5, 3, 19):
         data = zstandard.ZstdCompressor(level=level, write_checksum=checksum).compress(words(size))
-        assert [(frame.blob_size, frame.size) for frame in frames(data)] == [(len(data), size)]
+        assert [(frame.blob_size, frame.bound) for frame in frames(data)] == [(len(data), size)]
         data = streamed(words(size), level=level, checksum=checksum)
         assert frames(data)[0].bound >= size
         assert frames(data)[0].blob_size == len(data)

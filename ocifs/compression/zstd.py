@@ -23,6 +23,10 @@ _MAX_BLOCK: Final = 128 << 10
 _MAX_HEADER: Final = 18
 """Bytes of the longest frame header: magic 4, descriptor 1, window 1, dictionary 4, content size 8."""
 
+_READ_AHEAD: Final = 64 << 10
+_NEAR: Final = 4 << 10
+"""Bytes of stored data read at once where headers lie close together, 64 KiB, and how close that is."""
+
 MAX_WINDOW: Final = 128 << 20
 """Bytes of the largest window that is accepted: 128 MiB (2**27), what the zstd command takes without ``--long=31``.
 
@@ -34,13 +38,12 @@ machine. Container engines draw the line at the same place or lower.
 class Frame(NamedTuple):
     """A frame at ``blob_offset``, ``blob_size`` bytes long as stored.
 
-    ``size`` is what it holds uncompressed if its header says so, else None; ``bound`` is what it cannot exceed, by its
-    header or the number of its blocks. A skippable frame holds 0 bytes.
+    ``bound`` is what it cannot exceed uncompressed, by its header or the number of its blocks. A skippable frame holds 0
+    bytes.
     """
 
     blob_offset: int
     blob_size: int
-    size: int | None
     bound: int
 
 
@@ -50,11 +53,30 @@ def walk(read_at: Callable[[int, int], bytes | memoryview], size: int) -> Iterat
     Raises `DamagedError` with the blob offset where something else begins or where the blob ends too early, and
     `UnsupportedError` for a frame with a dictionary, or with a window above `MAX_WINDOW`.
     """
+    headers = _Headers(read_at)
     at = 0
     while at < size:
-        frame = _frame(read_at, at, size)
+        frame = _frame(headers.read_at, at, size)
         yield frame
         at += frame.blob_size
+
+
+class _Headers:
+    """Reads headers, a few bytes at ascending offsets: many at once where they lie close together."""
+
+    def __init__(self, read_at: Callable[[int, int], bytes | memoryview]) -> None:
+        self._read_at = read_at
+        self._start = 0
+        self._piece: bytes | memoryview = b""
+
+    def read_at(self, offset: int, size: int) -> bytes | memoryview:
+        at = offset - self._start
+        if at + size > len(self._piece):
+            # Behind a large block only as much as is asked for: what lies between is not wanted.
+            near = at - len(self._piece) < _NEAR
+            self._piece = self._read_at(offset, _READ_AHEAD if near else size)
+            self._start, at = offset, 0
+        return self._piece[at : at + size]
 
 
 def _cut(at: int) -> DamagedError:
@@ -68,7 +90,7 @@ def _frame(read_at: Callable[[int, int], bytes | memoryview], start: int, end: i
         length = 8 + int.from_bytes(head[4:8], "little")
         if len(head) < 8 or start + length > end:
             raise _cut(start)
-        return Frame(start, length, 0, 0)
+        return Frame(start, length, 0)
     if magic != _MAGIC or len(head) < 4:
         raise DamagedError(f"{end - start} bytes at blob_offset {start} are not zstd data")
     header_size, content_size, window, checksum = _header(head, start)
@@ -93,7 +115,7 @@ def _frame(read_at: Callable[[int, int], bytes | memoryview], start: int, end: i
     if at > end:
         raise _cut(start)
     # libzstd refuses a frame that does not hold what it says, so a lie about the size is found when it is decoded.
-    return Frame(start, at - start, content_size, bound if content_size is None else content_size)
+    return Frame(start, at - start, bound if content_size is None else content_size)
 
 
 def _header(head: bytes, start: int) -> tuple[int, int | None, int, bool]:
