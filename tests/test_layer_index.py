@@ -34,8 +34,10 @@ from hypothesis import strategies as st
 from ocifs import layer_index
 from ocifs.compression import Compression
 from ocifs.errors import CacheDamagedError, DamagedError, MachineError, OcifsError, StaleFormatError, UnsupportedError
-from ocifs.layer_index import Build, Built, Expected, LayerIndex, Mismatch, load, passes
+from ocifs.forked import run_forked
+from ocifs.layer_index import Build, Built, Expected, LayerIndex, Mismatch, child, load, passes
 from ocifs.layer_index import format as format_module
+from ocifs.layer_index.job import Job
 from ocifs.spec import DiffID, Digest
 from ocifs.tar import EntryType, TarScanner
 from tests.fuzz import fuzz_decoders
@@ -57,9 +59,6 @@ class MemoryBlob:
     def read_at(self, offset: int, size: int, /) -> bytes:
         return self.data[offset : offset + size]
 
-    def file_range(self) -> tuple[int, int, int] | None:
-        return None
-
     def close(self) -> None:
         pass
 
@@ -75,9 +74,6 @@ class FileBlob:
 
     def read_at(self, offset: int, size: int, /) -> bytes:
         return os.pread(self.fd, size, self.offset + offset)
-
-    def file_range(self) -> tuple[int, int, int] | None:
-        return self.fd, self.offset, self.size
 
     def close(self) -> None:
         os.close(self.fd)
@@ -580,16 +576,58 @@ def test_c5_unknown_digest_algorithms_are_named() -> None:
         indexed(b"", Expected(None, Digest("blake3", WRONG)))
 
 
+def memory_of_a_pass(stored: bytes) -> int:
+    """Bytes by which a process grows at most that makes an index of ``stored``."""
+
+    def kib(field: str) -> int:
+        with open("/proc/self/status", encoding="ascii") as status:
+            return next(int(line.split()[1]) for line in status if line.startswith(field))
+
+    def work() -> None:
+        with open("/proc/self/clear_refs", "w", encoding="ascii") as peak:
+            peak.write("5")  # proc(5): the peak is what there is now
+        before = kib("VmRSS")
+        with open(os.memfd_create("out"), "w+b") as index, open(os.memfd_create("copy"), "w+b") as copy:
+            passes.run(Job(MemoryBlob(stored), Expected(), index, copy, tolerant=False, archive=False), lambda _: None)
+        told.write(b"%d" % (1024 * (kib("VmHWM") - before)))
+        told.flush()
+
+    with open(os.memfd_create("told"), "w+b") as told:
+        run_forked(work, "measures")
+        return int(os.pread(told.fileno(), 100, 0))
+
+
+def test_zstd_frames_are_not_held_for_their_number() -> None:
+    skippable = b"\x50\x2a\x4d\x18" + bytes(4)
+    assert memory_of_a_pass(zst(b"") + skippable * 1_000_000) < 60_000_000
+    many = zst(layer()) + skippable * (len(layer()) // 8)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(passes, "_MAX_GROUPS", 12)
+        assert not indexed(made("zstd frames")).built.reframed
+        patched.setattr(passes, "_MAX_GROUPS", 3)
+        check_whole(indexed(made("zstd frames")), layer())
+        assert indexed(made("zstd frames")).built.reframed
+        patched.setattr(passes, "MAX_STORED", 1 << 20)
+        check_whole(indexed(many), layer())
+
+
+def test_c3_zstd_cut_behind_a_frame_too_large_for_a_span_is_refused() -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(passes, "MAX_SPAN", 4 << 20)
+        with pytest.raises(DamagedError, match="ends within the frame that begins at blob_offset"):
+            indexed(made("zstd") + zst(b"more")[:-1])
+
+
 def test_a_layer_that_inflates_a_thousandfold_takes_bounded_memory() -> None:
     size = 150_000_000
     stored = gz(bytes(size), 9)
     assert len(stored) * 900 < size
+    assert memory_of_a_pass(stored) < 100_000_000
     one = indexed(stored)
     assert one.index.layer_size == size
     assert max(span.size for span in one.index.spans) <= passes.MAX_SPAN
     for number in (0, len(one.index.spans) - 1):
         assert not any(one.index.decode(number, one.read_at))
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 1 << 20  # KiB
 
 
 # --- the child process ------------------------------------------------------------------------------------------------
@@ -677,9 +715,9 @@ def test_leaving_a_build_kills_its_child() -> None:
     with open(os.memfd_create("out"), "w+b") as out, open(os.memfd_create("copy"), "w+b") as copy:
         with Build(_Fails(made("gzip by zlib"), 1_000_000, signal.pause), out=out, reframed=copy) as one:
             assert one._child is not None
-            child = one._child.pid
+            pid = one._child.pid
         with pytest.raises(ProcessLookupError):
-            os.kill(child, 0)
+            os.kill(pid, 0)
 
 
 def test_a_child_dies_with_its_parent() -> None:
@@ -713,13 +751,64 @@ def test_several_layers_at_once() -> None:
     assert results == {DiffID.of(data) for data in layers}
 
 
+def progress_of(blob: bytes | MemoryBlob) -> list[int]:
+    """What a pass itself says about its progress, every 64 KiB."""
+    blob = MemoryBlob(blob) if isinstance(blob, bytes) else blob
+    told = [0]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(pytest.MonkeyPatch.context()).setattr(child, "_REPORT_EVERY", 1 << 16)
+        out, copy = (stack.enter_context(open(os.memfd_create(name), "w+b")) for name in ("index", "copy"))
+        one = stack.enter_context(Build(blob, out=out, reframed=copy))
+        while not one.step():
+            told.append(one.stored)
+        told.append(one.stored)
+        one.result()
+        assert one.stored == blob.size
+    return told
+
+
 @pytest.mark.parametrize("how", ["plain", "gzip by zlib", "zstd frames", "one zstd stream"])
-def test_progress_grows_to_the_stored_size(how: str) -> None:
-    stored = made(how)
-    told: list[int] = []
-    indexed(stored, progress=told.append)
+def test_progress_grows_to_the_stored_size(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passes, "_CHUNK", 1 << 17)
+    told = progress_of(made(how))
     assert told == sorted(told)
-    assert told[-1] == len(stored)
+    assert len(made(how)) - (1 << 16) < told[-1] <= len(made(how))
+    seen: list[int] = []
+    indexed(made(how), progress=seen.append)
+    assert seen[-1] == len(made(how))
+
+
+def test_progress_begins_anew_with_a_second_pass(tmp_path: Path) -> None:
+    broken = flip(made("gzip by zlib"), len(made("gzip by zlib")) - 8)
+    marker = tmp_path / "crashed"
+
+    def crash() -> None:
+        if not marker.exists():
+            marker.touch()
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            _kill_myself(signal.SIGABRT)
+
+    tolerated: list[int] = []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(child, "_REPORT_EVERY", 1 << 16)
+        indexed(broken, tolerant=True, progress=tolerated.append)
+    crashed = progress_of(_Fails(made("gzip by zlib"), len(made("gzip by zlib")) - 1000, crash))
+    for told in (tolerated, crashed):
+        falls = [at for at in range(1, len(told)) if told[at] < told[at - 1]]
+        assert [told[at] < 1 << 21 for at in falls] == [True]
+        assert told[falls[0] - 1] > len(broken) // 2
+
+
+def test_what_indexes_is_loaded_before_the_first_fork_and_only_then() -> None:
+    program = (
+        "import os, sys; from ocifs import layer_index\n"
+        "class Blob: name = 'blob'; size = 0; read_at = staticmethod(lambda offset, size: b'')\n"
+        "name = 'ocifs.layer_index.passes'; print(name in sys.modules)\n"
+        "with open(os.memfd_create('out'), 'w+b') as out: layer_index.build(Blob, out=out)\n"
+        "print(name in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert done.stdout == "False\nTrue\n"
 
 
 def test_a_full_disk_is_said_plainly() -> None:

@@ -1,10 +1,10 @@
 """Builds layer indexes, each in a child process of its own.
 
-A pass takes every core there is, and the C it stands on may crash over hostile data; neither must happen to whoever
+A pass takes one and a half cores, and the C it stands on may crash over hostile data; neither must happen to whoever
 wants the index, who may be serving mounts. So the pass (`ocifs.layer_index.passes`) runs in a forked child that inherits the
 open blob and files and tells through a pipe how far it is, and in the end what came out. The child dies with its
-parent. A child that crashes is started again to go the slow way, which uses nothing but the standard library's zlib for
-gzip; if that crashes too, it is an error with a plain message.
+parent. A child that crashes is started again to go the slow way, which decompresses gzip with the
+standard library's zlib; if that crashes too, it is an error with a plain message.
 
 Not here: what a pass does, where its files go, how a child is started and what becomes of its errors (`ocifs.forked`).
 """
@@ -58,9 +58,10 @@ def build(
 
     ``expected`` is checked in the order size, digest, diff ID (rule C4). ``reframed`` is an empty file for the re-framed
     copy of a blob that has no restart points; `Built.reframed` says whether it was needed. Both files need descriptors,
-    and hold rubbish after an error. ``progress`` is told how many stored bytes are done. With ``tolerant`` (examination)
-    what does not match is noted in the index instead of raised, and data that breaks off is indexed up to there. With
-    ``archive`` the blob is an outer archive, which may also be compressed with xz or bzip2.
+    and hold rubbish after an error. ``progress`` is told how many stored bytes are done, 0 again if the blob has to be read
+    again from its beginning. With ``tolerant`` (examination) what does not match is noted in the index instead of raised,
+    and data that breaks off is indexed up to there. With ``archive`` the blob is an outer archive, which may also be
+    compressed with xz or bzip2.
     Raises `DamagedError` for a blob that is not what was expected or does not decode, `UnsupportedError` for one that is
     no layer, `MachineError` if the disk is full or the pass was killed.
     """
@@ -89,12 +90,14 @@ class Build:
         archive: bool = False,
     ) -> None:
         """Start the child process."""
+        from ocifs.layer_index import passes  # noqa: F401, PLC0415 (before the fork, so that not every child has to)
+
         self._job = Job(blob, expected or Expected(), out, reframed, tolerant, archive)
         self._doing = f"indexes {blob.name}"
         self._certain = False
         self._outcome: Failed | _Finished | None = None
         self.stored = 0
-        """Stored bytes done so far."""
+        """Stored bytes done so far; begins at 0 again when the blob has to be read again."""
         self._child: Child | None = self._start()
 
     def _start(self) -> Child:
@@ -114,7 +117,7 @@ class Build:
         self._received += data
         while self._outcome is None and (message := self._next_message()) is not None:
             if isinstance(message, _Progress):
-                self.stored = max(self.stored, message.stored)
+                self.stored = message.stored
             else:
                 self._outcome = message
         if self._outcome is None and not data:
@@ -136,6 +139,7 @@ class Build:
         crashed = number not in {0, signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
         if crashed and not self._certain:
             self._certain = True
+            self.stored = 0
             self._child = self._start()
             return None
         return Failed.of(died(status, self._doing))
@@ -178,13 +182,13 @@ def _main(job: Job, pipe: int, *, certain: bool) -> None:
 
 
 def _work(job: Job, pipe: int, *, certain: bool) -> Failed | _Finished:
-    from ocifs.layer_index.passes import disk_problem, run  # noqa: PLC0415 (loaded before the fork: `Build`)
+    from ocifs.layer_index.passes import disk_problem, run  # noqa: PLC0415 (who only loads indexes needs none of it)
 
     reported = 0
 
     def progress(stored: int) -> None:
         nonlocal reported
-        if stored >= reported + _REPORT_EVERY:
+        if not stored or stored >= reported + _REPORT_EVERY:
             reported = stored
             _send(pipe, _Progress(stored))
 

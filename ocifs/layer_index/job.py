@@ -32,10 +32,6 @@ class StoredBytes(Protocol):
         """Give ``size`` bytes at ``offset``, fewer only at the end."""
         ...
 
-    def file_range(self) -> tuple[int, int, int] | None:
-        """Give (descriptor, offset, size) if the bytes are a range of a file."""
-        ...
-
 
 class Expected(msgspec.Struct, frozen=True):
     """What a blob ought to be, as far as is known (rule C4)."""

@@ -12,14 +12,16 @@ Which way a blob goes
 - *Everything else* (zstd with a frame too large to be a span, xz, bzip2, gzip with too few restart points or with
   damage): decompressed by the format's own library, while a re-framed copy is written whose spans are independent frames.
 
-Every way reads the blob once. For gzip the last way is also the one whose verdict counts: whatever the first cannot do, or
-says is damaged, is done again by zlib, which says where and what.
+Each way reads the blob once, but that the headers of zstd's frames and blocks are read before, to see which way to go; and a
+way that fails is followed by the last one from the beginning. For gzip ISA-L decides what is accepted, also a few incomplete
+Huffman codes that zlib refuses; whatever it refuses is done again by zlib, which says where and what.
 
 Threads
 =======
-The main thread reads and decompresses. A lane takes what was decompressed: hashes it, parses it, writes entries and spans.
-A lane takes what was stored and hashes it, one compresses the copy. hashlib and the compression libraries release the
-GIL. A lane runs its jobs one after the other, so each hash has one owner, and the index one writer.
+The main thread reads and decompresses. A lane takes what was decompressed and hashes it; for gzip in place it also parses
+it and writes entries and spans, which the main thread does otherwise. A lane takes what was stored and hashes it, one
+compresses the copy. hashlib and the compression libraries release the GIL. A lane runs its jobs one after the other, so
+each hash has one owner, and the index one writer.
 
 Of the 2.7 s of processor that a layer of 724 MB in 265 takes, 1.4 decompress, 0.3 look for restart points, 0.56 are the
 SHA-256 of the layer and 0.4 of the blob and its spans, 0.15 parse 13,727 headers: so the main thread is the longest, and
@@ -31,7 +33,9 @@ from __future__ import annotations
 import collections
 import errno
 import hashlib
+import itertools
 import os
+from array import array
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import BinaryIO, Final
@@ -59,9 +63,13 @@ MAX_SPAN: Final = 16 << 20
 """Bytes that a span may decode to, and `MAX_STORED` those it may be stored in, before it is better to re-frame."""
 MAX_STORED: Final = 32 << 20
 
+_MAX_GROUPS: Final = 1 << 18
+"""Groups of zstd frames that are kept track of, at 16 bytes each: 256 GiB of any data that is not made to hurt."""
+
 _CHUNK: Final = 1 << 20
-"""Bytes read or decompressed at a time; `_RING` of them may be under way in a lane."""
+"""Bytes of the blob read at a time, but by what walks gzip or zstd, which reads as it needs."""
 _RING: Final = 4
+"""Jobs that may wait or run in a lane, each with what was read or decompressed at a time."""
 
 
 class _NoSpansError(Exception):
@@ -77,12 +85,15 @@ class _SourceError(Exception):
 
 
 def run(job: Job, progress: Callable[[int], None], *, certain: bool = False) -> Built:
-    """Make the index. ``progress`` is told stored bytes done; with ``certain`` gzip is re-framed at once."""
+    """Make the index; with ``certain`` gzip is re-framed at once.
+
+    ``progress`` is told stored bytes done, and 0 when the pass begins anew.
+    """
     return _Pass(job, progress).run(certain=certain)
 
 
 class _Lane:
-    """A thread that runs jobs in order; at most `_RING` wait."""
+    """A thread that runs jobs in order; at most `_RING` wait or run."""
 
     def __init__(self) -> None:
         self._executor = ThreadPoolExecutor(1)
@@ -129,6 +140,10 @@ class _Pass:
         self._layer_hash: Hasher = self._diff_type.hasher()
         self._scanner = TarScanner()
         self._writer = Writer(self.job.out)
+
+    def _begin_anew(self) -> None:
+        self._begin()
+        self.progress(0)
 
     def run(self, *, certain: bool) -> Built:
         try:
@@ -287,16 +302,12 @@ class _Pass:
 
     def _zstd(self) -> bool:
         """Index in place and give True, or re-frame and give False."""
-        groups: list[list[zstd.Frame]] = []
-        held = 0
+        groups: _Groups | None = _Groups()
         try:
+            # Also once it is known that there are no groups: only here damage of the framing is found.
             for frame in zstd.walk(self.blob.read_at, self.blob.size):
-                # Skippable frames go with what is before them, those at the beginning with what comes.
-                if not groups or (held >= FRAME_SIZE and frame.bound):
-                    groups.append([])
-                    held = 0
-                groups[-1].append(frame)
-                held += frame.bound
+                if groups is not None and not groups.take(frame):
+                    groups = None
         except UnsupportedError as error:
             raise UnsupportedError(f"{self.blob.name}: {error}") from None
         except DamagedError as error:
@@ -304,24 +315,21 @@ class _Pass:
                 self._broken(error)
             self._reframe(Compression.ZSTD, until=error)
             return False
-        for group in groups:
-            stored_size = sum(frame.blob_size for frame in group)
-            if sum(frame.bound for frame in group) > MAX_SPAN or stored_size > MAX_STORED:
-                self._reframe(Compression.ZSTD)
-                return False
+        if groups is None:
+            self._reframe(Compression.ZSTD)
+            return False
         offset = 0
-        for group in groups:
-            start = group[0].blob_offset
-            stored = self._read_stored(start, group[-1].blob_offset + group[-1].blob_size - start)
+        for start, stored_size, bound in groups:
+            stored = self._read_stored(start, stored_size)
             data = None
             try:
-                data = zstd.inflate_unsized(stored, bound=sum(frame.bound for frame in group))
+                data = zstd.inflate_unsized(stored, bound=bound)
             except DamagedError as error:
                 if not self.job.tolerant:
                     self._broken(DamagedError(f"{error}, in the frames at blob_offset {start}"))
             if data is None or (not data and len(groups) > 1):
                 # Damaged, or a frame that could have held something holds nothing, which is no span.
-                self._begin()
+                self._begin_anew()
                 self._reframe(Compression.ZSTD)
                 return False
             self._layer_lane.put(self._layer_hash.update, data)
@@ -378,7 +386,7 @@ class _Pass:
             try:
                 self._gzip_in_place()
             except _NoSpansError:
-                self._begin()
+                self._begin_anew()
             else:
                 return True
         self._reframe(Compression.GZIP)
@@ -499,6 +507,39 @@ class _GzipSpans:
             at_header=span.restart.at_header,
             window=span.window,
         )
+
+
+class _Groups:
+    """Groups of zstd frames that are to be spans: where each begins, and what it cannot exceed uncompressed.
+
+    Skippable frames go with what is before them, those at the beginning with what comes.
+    """
+
+    def __init__(self) -> None:
+        self._starts = array("Q")
+        self._bounds = array("Q")
+        self._end = 0
+
+    def take(self, frame: zstd.Frame) -> bool:
+        """Take the next frame; False if there can be no groups, because one is too large or there are too many."""
+        if not self._starts or (self._bounds[-1] >= FRAME_SIZE and frame.bound):
+            self._starts.append(frame.blob_offset)
+            self._bounds.append(0)
+        self._end = frame.blob_offset + frame.blob_size
+        bound = self._bounds[-1] + frame.bound
+        if bound > MAX_SPAN or self._end - self._starts[-1] > MAX_STORED or len(self._starts) > _MAX_GROUPS:
+            return False
+        self._bounds[-1] = bound
+        return True
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __iter__(self) -> Iterator[tuple[int, int, int]]:
+        """Give each group's blob_offset, stored size and bound."""
+        ends = itertools.chain(self._starts[1:], (self._end,))
+        for start, end, bound in zip(self._starts, ends, self._bounds, strict=True):
+            yield start, end - start, bound
 
 
 class _CopyWriter:
