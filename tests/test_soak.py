@@ -82,14 +82,14 @@ def test_stressors_end_as_on_any_overlay(setting: Setting, driver: str, monkeypa
 
 @needs_umoci
 @needs_containers
-def test_a_wrong_byte_is_found(setting: Setting, driver: str) -> None:
+def test_a_wrong_byte_is_found(setting: Setting) -> None:
     """What umoci unpacked is what readers are held to."""
     file = setting.unpacked() / "etc/motd"
     before = file.read_bytes()
     try:
         file.write_bytes(before.upper())
         with pytest.raises(AssertionError, match=r"128 wrong; .*etc/motd"):
-            mounted.readers(setting, driver)
+            mounted.readers(setting, "fuse")
     finally:
         file.write_bytes(before)
 
