@@ -797,6 +797,7 @@ def test_progress_begins_anew_with_a_second_pass(tmp_path: Path) -> None:
         falls = [at for at in range(1, len(told)) if told[at] < told[at - 1]]
         assert [told[at] < 1 << 21 for at in falls] == [True]
         assert told[falls[0] - 1] > len(broken) // 2
+    assert 0 in crashed[1:], "a new child has done nothing yet"
 
 
 def test_what_indexes_is_loaded_before_the_first_fork_and_only_then() -> None:

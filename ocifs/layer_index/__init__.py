@@ -5,7 +5,7 @@ entries in stream order and decodes any span of the layer. ``format`` holds the 
 ``passes`` the pass, ``child`` the process it runs in.
 
 Not here: where index files are kept (`ocifs.store`), what entries mean together (`ocifs.overlay`), caching of decoded
-spans (`ocifs.rootfs`).
+spans (`ocifs.spans`).
 """
 
 from ocifs.layer_index.child import Build, Built, Expected, StoredBytes, build

@@ -53,9 +53,9 @@ SPANS is a table with a record of 112 bytes for each span, ordered by layer_offs
 
 A span ends where the next begins, the last at META's layer_size. The first begins at blob_offset 0 and the last ends at
 the blob's end, so that together they cover every byte of it. If META says ``reframed``, all this is about the re-framed
-copy instead of the blob: the layer as zstd frames of which each is a span. Otherwise META's ``compression`` says what a
-span is: ``plain`` bytes as they are, ``gzip`` (see `ocifs.compression.gzip` for how it is entered), or ``zstd``, whole
-frames.
+copy instead of the blob: the layer as zstd frames of which each is a span, none if the layer has no bytes. Otherwise
+META's ``compression`` says what a span is: ``plain`` bytes as they are, ``gzip`` (see `ocifs.compression.gzip` for how it
+is entered), or ``zstd``, whole frames.
 
 A window is the 32 KiB that the layer has before the span, zeros in front if it has less.
 
@@ -234,7 +234,7 @@ class SpanTable:
         self._offsets = [*offsets, layer_size]
 
     def __len__(self) -> int:
-        """How many spans there are: 0 only for a blob without bytes."""
+        """How many spans there are: 0 only for a blob without bytes, or a re-framed one that decodes to none."""
         return self._count
 
     def __getitem__(self, number: int) -> Span:
@@ -630,7 +630,7 @@ def pack_window(window: bytes) -> bytes:
 
 
 class Writer:
-    """Writes an index file: entries as they come, then windows and spans, then `finish`.
+    """Writes an index file: entries and spans in any order, each kind in its own, then `finish`.
 
     ``file`` needs a descriptor; it is emptied first. An OSError while writing passes through: what to say about it is
     for the caller, who knows which directory is full.
