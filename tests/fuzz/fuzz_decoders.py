@@ -53,9 +53,6 @@ class _Bytes:
     def read_at(self, offset: int, size: int, /) -> bytes:
         return self.data[offset : offset + size]
 
-    def file_range(self) -> None:
-        return None
-
     def close(self) -> None:
         pass
 
