@@ -14,7 +14,6 @@ import msgspec
 from ocifs.cli import options as opt
 from ocifs.cli import output
 from ocifs.cli.options import Choice
-from ocifs.errors import OcifsError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -94,20 +93,13 @@ def umount(choice: Choice, directories: tuple[str, ...], *, lazy: bool, dead: bo
     """Unmount what ocifs mounted, and return when its daemon is gone. Cleans up after a daemon that was killed."""
     from ocifs import daemon  # noqa: PLC0415
 
-    worst = 0
-    for directory in directories:
-        try:
-            if dead:
-                daemon.clean_up(Path(directory))
-            else:
-                daemon.unmount(Path(directory), lazy=lazy)
-        except OcifsError as error:
-            if len(directories) == 1:
-                raise
-            output.complain(str(error))
-            worst = max(worst, error.exit_code)
-    if worst:
-        raise click.exceptions.Exit(worst)
+    def end(directory: str) -> None:
+        if dead:
+            daemon.clean_up(Path(directory))
+        else:
+            daemon.unmount(Path(directory), lazy=lazy)
+
+    opt.for_each(directories, end)
 
 
 @click.command(epilog=opt.examples("ocifs ps", "ocifs ps --json | jq -r .mountpoint"))
