@@ -25,17 +25,10 @@ from tests.support.containers import (
     running,
     write_image,
 )
-from tests.support.mounting import DRIVERS, Process, ocifs, patched, record_of, run, why_not
+from tests.support.mounting import Process, ocifs, patched, record_of, run
 from tests.support.tarball import DIR, HARDLINK, entry
 
 pytestmark = needs_containers
-
-
-@pytest.fixture(params=DRIVERS)
-def driver(request: pytest.FixtureRequest) -> str:
-    if reason := why_not(request.param):
-        pytest.skip(reason)
-    return str(request.param)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.support.containers import bundled, needs_containers, write_image
-from tests.support.mounting import DRIVERS, Mount, mounted, run, why_not
+from tests.support.mounting import Mount, mounted, run
 from tests.support.tarball import DIR, SYMLINK, entry
 
 if TYPE_CHECKING:
@@ -24,13 +24,6 @@ WRITTEN = "from the image\nmine\n"
 
 def needs(program: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(shutil.which(program) is None, reason=f"{program} is not installed")
-
-
-@pytest.fixture(params=DRIVERS)
-def driver(request: pytest.FixtureRequest) -> str:
-    if reason := why_not(request.param):
-        pytest.skip(reason)
-    return str(request.param)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.containers import bundled, in_container, needs_containers, write_image
 from tests.support.layout import make_image, put_image
-from tests.support.mounting import DRIVERS, agent, mounted, ocifs, run, why_not
+from tests.support.mounting import agent, mounted, ocifs, run
 from tests.support.tarball import entry, tarball
 
 if TYPE_CHECKING:
@@ -44,13 +44,6 @@ A /srv/new
 A /srv/new/deep
 A /srv/new/deep/kept
 """
-
-
-@pytest.fixture(params=DRIVERS)
-def driver(request: pytest.FixtureRequest) -> str:
-    if reason := why_not(request.param):
-        pytest.skip(reason)
-    return str(request.param)
 
 
 def seen(root: Path) -> dict[str, Any]:
