@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,15 +41,7 @@ def serve_fuse(
     async def end() -> None:
         pass  # pyfuse3 unmounts
 
-    session = Session(
-        adapter,
-        mountpoint,
-        begin,
-        end,
-        decoding=lambda: any(reader.decoding() for reader in spans),
-        statistics=lambda: _statistics(adapter, spans),
-        asking=keeper.asking,
-    )
+    session = _session(adapter, spans, mountpoint, begin, end, keeper)
     session.run(libfuse_options(options, reference))
 
 
@@ -99,16 +91,28 @@ def serve_erofs(
     async def end() -> None:
         await in_thread(unmount)
 
-    session = Session(
+    session = _session(adapter, spans, private, begin, end, keeper)
+    session.run({"ro", "nosuid", "nodev", "noexec", "subtype=ocifs-devices", "fsname=ocifs"})
+
+
+def _session(
+    adapter: Adapter | DeviceAdapter,
+    spans: Sequence[SpanReader],
+    place: Path,
+    begin: Callable[[], Awaitable[None]],
+    end: Callable[[], Awaitable[None]],
+    keeper: Keeper,
+) -> Session:
+    """Make the session at ``place`` of an adapter whose data is read through ``spans``."""
+    return Session(
         adapter,
-        private,
+        place,
         begin,
         end,
         decoding=lambda: any(reader.decoding() for reader in spans),
         statistics=lambda: _statistics(adapter, spans),
         asking=keeper.asking,
     )
-    session.run({"ro", "nosuid", "nodev", "noexec", "subtype=ocifs-devices", "fsname=ocifs"})
 
 
 def _statistics(adapter: Adapter | DeviceAdapter, spans: Sequence[SpanReader]) -> Statistics:
