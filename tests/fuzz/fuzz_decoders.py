@@ -15,14 +15,11 @@ Cases are numbered: a failure names its number, and ``--first N --cases 1`` repe
 
 from __future__ import annotations
 
-import argparse
 import bz2
 import contextlib
-import faulthandler
 import lzma
 import os
 import random
-import time
 import zlib
 from functools import cache
 from typing import TYPE_CHECKING, Any, Final
@@ -34,12 +31,11 @@ from ocifs import layer_index
 from ocifs.compression import Compression, detect, restarts, streams, zstd
 from ocifs.compression.gzip import inflate_span, member_header_end
 from ocifs.errors import OcifsError, UnsupportedError
+from tests.fuzz.cases import run_cases
 from tests.support import tarball as t
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-
-HANG_SECONDS: Final = 120
 
 
 class _Bytes:
@@ -284,26 +280,5 @@ def check(number: int) -> None:
         check_build(kind, broken)
 
 
-def main() -> None:
-    """Run cases until the time or their number is up."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--first", type=int, default=0, help="number of the first case")
-    parser.add_argument("--cases", type=int, default=2**62)
-    arguments = parser.parse_args()
-    deadline = time.monotonic() + arguments.seconds
-    number = arguments.first
-    while number < arguments.first + arguments.cases and time.monotonic() < deadline:
-        faulthandler.dump_traceback_later(HANG_SECONDS, exit=True)
-        try:
-            check(number)
-        except BaseException:
-            print(f"case {number} fails; again with: --first {number} --cases 1", flush=True)  # noqa: T201
-            raise
-        number += 1
-    faulthandler.cancel_dump_traceback_later()
-    print(f"{number - arguments.first} cases, from {arguments.first}, nothing found")  # noqa: T201
-
-
 if __name__ == "__main__":
-    main()
+    run_cases(__doc__, check, hang_seconds=120)

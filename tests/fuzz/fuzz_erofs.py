@@ -9,16 +9,13 @@ Not here: what sound images read as; `tests/test_erofs.py` and `tests/test_image
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import faulthandler
 import hashlib
 import io
 import itertools
 import mmap
 import random
 import struct
-import time
 import tracemalloc
 from typing import Final
 
@@ -28,11 +25,11 @@ from ocifs.erofs.layout import crc32c
 from ocifs.errors import DamagedError, StaleFormatError
 from ocifs.image_tree import ImageTree
 from ocifs.tree import Extent, Kind, Node, Tree, Warned
+from tests.fuzz.cases import run_cases
 from tests.support.trees import LAYER_SIZE, directory, file, node, symlink
 
 MEMORY_PER_BYTE: Final = 100
 MEMORY_CONSTANT: Final = 1 << 20
-HANG_SECONDS: Final = 60
 NAMES: Final = (b".", b"..", b"file", b"x", b"", b"\xff" * 255, b"22")
 _NUMBERS: Final = (
     0,
@@ -208,29 +205,13 @@ def check_memory(raw: bytes) -> None:
     assert peak <= MEMORY_PER_BYTE * len(raw) + MEMORY_CONSTANT, f"{peak} bytes for {len(raw)}"
 
 
-def main() -> None:
-    """Run cases until the time or their number is up."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--first", type=int, default=0, help="number of the first case")
-    parser.add_argument("--cases", type=int, default=2**62)
-    arguments = parser.parse_args()
-    deadline = time.monotonic() + arguments.seconds
-    number = arguments.first
-    while number < arguments.first + arguments.cases and time.monotonic() < deadline:
-        faulthandler.dump_traceback_later(HANG_SECONDS, exit=True)
-        raw = case(number)
-        try:
-            check(raw)
-            if number % 20 == 0:
-                check_memory(raw)
-        except BaseException:
-            print(f"case {number} fails; again with: --first {number} --cases 1", flush=True)  # noqa: T201
-            raise
-        number += 1
-    faulthandler.cancel_dump_traceback_later()
-    print(f"{number - arguments.first} cases, from {arguments.first}, nothing found")  # noqa: T201
+def run_case(number: int) -> None:
+    """Make a case and check it; its memory only now and then, as that takes long."""
+    raw = case(number)
+    check(raw)
+    if number % 20 == 0:
+        check_memory(raw)
 
 
 if __name__ == "__main__":
-    main()
+    run_cases(__doc__, run_case)

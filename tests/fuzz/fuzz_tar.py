@@ -8,15 +8,13 @@ repeats it. Not here: what the right answer is; `tests/test_tar_rules.py` and `t
 
 from __future__ import annotations
 
-import argparse
-import faulthandler
 import itertools
 import random
-import time
 import tracemalloc
 from typing import TYPE_CHECKING, Final
 
 from ocifs.tar import EXTENSION_LIMIT, EntryType, TarScanner, TarSummary
+from tests.fuzz.cases import run_cases
 from tests.support import tarball as t
 
 if TYPE_CHECKING:
@@ -24,7 +22,6 @@ if TYPE_CHECKING:
 
 MEMORY_PER_BYTE: Final = 40
 MEMORY_CONSTANT: Final = 8 * EXTENSION_LIMIT
-HANG_SECONDS: Final = 60
 
 _SEGMENTS: Final = [(0, b"ab"), (4096, b"c" * 700), (9000, b"d")]
 _MANY: Final = [(1000 * number, b"x" * 10) for number in range(30)]
@@ -164,29 +161,13 @@ def check_memory(archive: bytes) -> None:
     assert peak <= MEMORY_PER_BYTE * len(archive) + MEMORY_CONSTANT, f"{peak} bytes for {len(archive)}"
 
 
-def main() -> None:
-    """Run cases until the time or their number is up."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--first", type=int, default=0, help="number of the first case")
-    parser.add_argument("--cases", type=int, default=2**62)
-    arguments = parser.parse_args()
-    deadline = time.monotonic() + arguments.seconds
-    number = arguments.first
-    while number < arguments.first + arguments.cases and time.monotonic() < deadline:
-        faulthandler.dump_traceback_later(HANG_SECONDS, exit=True)
-        archive = case(number)
-        try:
-            check(archive, random.Random(number))
-            if number % 20 == 0:
-                check_memory(archive)
-        except BaseException:
-            print(f"case {number} fails; again with: --first {number} --cases 1", flush=True)  # noqa: T201
-            raise
-        number += 1
-    faulthandler.cancel_dump_traceback_later()
-    print(f"{number - arguments.first} cases, from {arguments.first}, nothing found")  # noqa: T201
+def run_case(number: int) -> None:
+    """Make a case and check it; its memory only now and then, as that takes long."""
+    archive = case(number)
+    check(archive, random.Random(number))
+    if number % 20 == 0:
+        check_memory(archive)
 
 
 if __name__ == "__main__":
-    main()
+    run_cases(__doc__, run_case)
