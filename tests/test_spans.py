@@ -248,14 +248,21 @@ def test_without_room_every_read_decodes() -> None:
 # -- at most once at a time ------------------------------------------------------------------------------------------
 
 
+def recording(reader: SpanReader) -> tuple[list[bytes], Callable[..., Awaitable[None]]]:
+    """A list, and a function that reads from layer 1 and puts what it gets there."""
+    got: list[bytes] = []
+
+    async def read(start: int, size: int = 10) -> None:
+        got.append(joined(await reader.read(1, start, size)))
+
+    return got, read
+
+
 def test_readers_of_one_span_wait_for_one_decode() -> None:
     index, data = layer(1000)
     index.held[0] = threading.Event()
     reader = SpanReader([data])
-    got: list[bytes] = []
-
-    async def read(start: int) -> None:
-        got.append(joined(await reader.read(1, start, 10)))
+    got, read = recording(reader)
 
     async def test() -> None:
         async with trio.open_nursery() as nursery:
@@ -278,15 +285,12 @@ def test_what_is_not_kept_is_given_to_those_who_waited() -> None:
     index, data = layer(1000)
     index.held[0] = threading.Event()
     reader = SpanReader([data], SpanCache(10))
-    got: list[bytes] = []
-
-    async def read() -> None:
-        got.append(joined(await reader.read(1, 0, 1000)))
+    got, read = recording(reader)
 
     async def test() -> None:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(read)
-            nursery.start_soon(read)
+            nursery.start_soon(read, 0, 1000)
+            nursery.start_soon(read, 0, 1000)
             await trio.testing.wait_all_tasks_blocked()
             index.held[0].set()
 
@@ -352,10 +356,7 @@ def test_a_first_reader_that_is_cancelled_while_it_waits_for_a_thread_hangs_nobo
     index, data = layer(1000, 1000, 1000)
     index.held[2] = threading.Event()
     reader = SpanReader([data], threads=1)
-    got: list[bytes] = []
-
-    async def read(start: int) -> None:
-        got.append(joined(await reader.read(1, start, 10)))
+    got, read = recording(reader)
 
     async def test() -> None:
         async with trio.open_nursery() as nursery:
@@ -381,10 +382,7 @@ def test_a_reader_that_is_cancelled_while_its_span_decodes_leaves_it_to_the_othe
     index, data = layer(1000)
     index.held[0] = threading.Event()
     reader = SpanReader([data])
-    got: list[bytes] = []
-
-    async def read(start: int) -> None:
-        got.append(joined(await reader.read(1, start, 10)))
+    got, read = recording(reader)
 
     async def test() -> None:
         async with trio.open_nursery() as nursery:
@@ -514,10 +512,7 @@ def test_a_reader_that_needs_more_than_is_being_decoded_waits_and_then_gets_all(
     index, data = layer(LARGE)
     index.held[0] = threading.Event()
     reader = SpanReader([data])
-    got: list[bytes] = []
-
-    async def read(start: int) -> None:
-        got.append(joined(await reader.read(1, start, 10)))
+    got, read = recording(reader)
 
     async def test() -> None:
         async with trio.open_nursery() as nursery:
@@ -687,17 +682,14 @@ def test_a_reader_waits_for_its_span_if_that_is_being_decoded_ahead() -> None:
     index, data = layer(*[100] * 4)
     index.held[2] = threading.Event()
     reader = SpanReader([data])
-    got: list[Any] = []
-
-    async def read() -> None:
-        got.append(joined(await reader.read(1, 200, 10)))
+    got, read = recording(reader)
 
     async def test() -> None:
         await reader.read(1, 0, 10)
         await reader.read(1, 100, 10)
         await index.until_started(3)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(read)
+            nursery.start_soon(read, 200)
             await trio.testing.wait_all_tasks_blocked()
             assert got == []
             index.held[2].set()
