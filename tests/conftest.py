@@ -9,6 +9,7 @@ import hypothesis
 import pytest
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 # No deadline: on a shared machine an example may wait for the processor. No database: a clone starts as CI does, and an
@@ -31,6 +32,21 @@ def driver(request: pytest.FixtureRequest) -> str:
     if why := why_not(request.param):
         pytest.skip(why)
     return str(request.param)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Path]:
+    """Give an empty directory to mount on; a mount that is left there is ended, by force if need be."""
+    from tests.support.mounting import force_away, in_mountinfo, run  # noqa: PLC0415 (as above)
+
+    where = tmp_path / "mnt"
+    where.mkdir()
+    yield where
+    try:
+        if in_mountinfo(where):
+            run(["umount", str(where)], limit=30)
+    finally:
+        force_away(where)
 
 
 @pytest.fixture(autouse=True)

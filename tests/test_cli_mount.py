@@ -9,7 +9,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
@@ -18,9 +18,6 @@ from tests.support.command import OCIFS, SAMPLE, Run, runner
 from tests.support.layout import write_layout
 from tests.support.mounting import agent, why_not
 from tests.support.tarball import entry, tarball
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 
 def _why_not() -> str:
@@ -35,15 +32,6 @@ pytestmark = pytest.mark.skipif(_why_not() != "", reason=_why_not())
 @pytest.fixture
 def run(capfdbinary: pytest.CaptureFixture[bytes]) -> Run:
     return runner(capfdbinary)
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Iterator[Path]:
-    """A directory to mount on; nothing is mounted there afterwards."""
-    where = tmp_path / "mnt"
-    where.mkdir()
-    yield where
-    subprocess.run(["umount", "-l", where], stderr=subprocess.DEVNULL, check=False)
 
 
 def ocifs(*words: str | Path) -> subprocess.CompletedProcess[str]:

@@ -48,9 +48,9 @@ EARLY = """
 import os, signal
 from ocifs.driver.session import Session
 begin = Session._start
-async def start(self, begun):
+async def start(self, *words):
     os.kill(os.getpid(), signal.SIGTERM)
-    await begin(self, begun)
+    await begin(self, *words)
 Session._start = start
 """
 """Has SIGTERM arrive when requests are served already and the mount is about to be proved."""
@@ -70,17 +70,14 @@ pyfuse3.terminate, pyfuse3.close = terminate_signalled, close_signalled
 """Has more SIGTERMs arrive when the first has begun to end the session, before and after it is closed."""
 
 
-def test_a_signal_that_comes_before_the_mount_is_ready_ends_it(image: str, tmp_path: Path, driver: str) -> None:
-    path = tmp_path / "mnt"
-    path.mkdir()
-    words = ["mount", "--foreground", "--driver", driver, "--cache-dir", str(tmp_path / "cache"), image, str(path)]
-    try:
-        done = run(patched(EARLY, *words))
-        assert done.returncode == 0, done.stderr
-        assert not in_mountinfo(path)
-        assert record_of(path) is None
-    finally:
-        force_away(path)
+def test_a_signal_that_comes_before_the_mount_is_ready_ends_it(
+    image: str, tmp_path: Path, place: Path, driver: str
+) -> None:
+    words = ["mount", "--foreground", "--driver", driver, "--cache-dir", str(tmp_path / "cache"), image, str(place)]
+    done = run(patched(EARLY, *words))
+    assert done.returncode == 0, done.stderr
+    assert not in_mountinfo(place)
+    assert record_of(place) is None
 
 
 SIGNALLED = """
@@ -122,29 +119,25 @@ PHASES = [
     ],
 )
 def test_whatever_signal_comes_in_whatever_phase_the_place_is_free_afterwards(
-    image: str, tmp_path: Path, phase: str, number: signal.Signals
+    image: str, tmp_path: Path, place: Path, phase: str, number: signal.Signals
 ) -> None:
-    path, cache = tmp_path / "mnt", tmp_path / "cache"
-    path.mkdir()
+    cache = tmp_path / "cache"
     before = set(runtime_dir().iterdir())
-    words = ["mount", "--cache-dir", str(cache), image, str(path)]
+    words = ["mount", "--cache-dir", str(cache), image, str(place)]
     env = {"AT": phase, "NUMBER": str(int(number))}
-    try:
-        done = run(patched(SIGNALLED, *words), env=env, stderr=subprocess.DEVNULL)
-        assert number is not signal.SIGKILL or done.returncode != 0
-        for _ in range(100):  # a daemon whose starter was ended finds out when it is ready
-            found = record_of(path)
-            if found is None or found["state"] == "dead":
-                break
-        if number is not signal.SIGKILL:
-            assert not in_mountinfo(path)
-        with mounted(image, path, driver="auto", cache=cache) as mount:
-            assert agent("read", mount.at("file"), 0, 100) == CONTENT.hex()
-        assert record_of(path) is None
-        new = {one for one in runtime_dir().iterdir() if one not in before and one.suffix != ".log"}
-        assert {one for one in new if one.name.startswith(Path(mount.record["log"]).stem)} == set()
-    finally:
-        force_away(path)
+    done = run(patched(SIGNALLED, *words), env=env, stderr=subprocess.DEVNULL)
+    assert number is not signal.SIGKILL or done.returncode != 0
+    for _ in range(100):  # a daemon whose starter was ended finds out when it is ready
+        found = record_of(place)
+        if found is None or found["state"] == "dead":
+            break
+    if number is not signal.SIGKILL:
+        assert not in_mountinfo(place)
+    with mounted(image, place, driver="auto", cache=cache) as mount:
+        assert agent("read", mount.at("file"), 0, 100) == CONTENT.hex()
+    assert record_of(place) is None
+    new = {one for one in runtime_dir().iterdir() if one not in before and one.suffix != ".log"}
+    assert {one for one in new if one.name.startswith(Path(mount.record["log"]).stem)} == set()
 
 
 RECYCLED = """
@@ -275,17 +268,12 @@ def test_mount_points_of_any_bytes(image: str, tmp_path: Path, driver: str, name
         force_away(path)
 
 
-def test_standard_streams_that_are_closed_do_no_harm(image: str, tmp_path: Path) -> None:
-    path = tmp_path / "mnt"
-    path.mkdir()
-    words = command("mount", "--cache-dir", tmp_path / "cache", image, path)
+def test_standard_streams_that_are_closed_do_no_harm(image: str, tmp_path: Path, place: Path) -> None:
+    words = command("mount", "--cache-dir", tmp_path / "cache", image, place)
     shell = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *words]
-    try:
-        assert subprocess.run(shell, env=environment(), timeout=LIMIT, check=False).returncode == 0
-        assert agent("read", f"{path}/file", 0, 100) == CONTENT.hex()
-        assert ocifs("umount", path).returncode == 0
-    finally:
-        force_away(path)
+    assert subprocess.run(shell, env=environment(), timeout=LIMIT, check=False).returncode == 0
+    assert agent("read", f"{place}/file", 0, 100) == CONTENT.hex()
+    assert ocifs("umount", place).returncode == 0
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root probes")

@@ -22,13 +22,6 @@ MOTD = "Welcome to the merged view of three layers.\n"
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Path:
-    where = tmp_path / "mnt"
-    where.mkdir()
-    return where
-
-
-@pytest.fixture
 def helper(tmp_path: Path) -> Path:
     """The helper, installed in a directory of its own."""
     path = tmp_path / "sbin" / "mount.fuse.ocifs"

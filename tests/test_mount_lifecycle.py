@@ -107,16 +107,14 @@ def test_mount_returns_when_the_mount_answers(image: str, cache: Path, tmp_path:
         assert mount.record["layers"] == 1
 
 
-def test_the_daemon_keeps_nothing_of_its_starters(image: str, cache: Path, tmp_path: Path) -> None:
+def test_the_daemon_keeps_nothing_of_its_starters(image: str, cache: Path, tmp_path: Path, place: Path) -> None:
     """Not its directory, its standard streams, its session, nor other files it had open: a lock among them may wait."""
     lock = os.open(tmp_path / "lock", os.O_RDWR | os.O_CREAT)
     os.set_inheritable(lock, True)  # noqa: FBT003  (its only signature)
-    path = tmp_path / "mnt"
-    path.mkdir()
     try:
-        done = run(command("mount", "--cache-dir", cache, image, path), close_fds=False, cwd=tmp_path)
+        done = run(command("mount", "--cache-dir", cache, image, place), close_fds=False, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-        record = record_of(path)
+        record = record_of(place)
         assert record is not None
         process = Process(record["pid"])
         held = process.descriptors()
@@ -124,13 +122,12 @@ def test_the_daemon_keeps_nothing_of_its_starters(image: str, cache: Path, tmp_p
         assert [name for name in held if name.startswith(("/dev/pts", "/dev/tty"))] == []
         assert os.readlink(f"/proc/{process.pid}/cwd") == "/"
         assert os.getsid(process.pid) == process.pid
-        done = ocifs("umount", path)
+        done = ocifs("umount", place)
         assert (done.returncode, done.stderr) == (0, "")
         assert process.gone()
-        assert nothing_left(path, process.pid)
+        assert nothing_left(place, process.pid)
     finally:
         os.close(lock)
-        force_away(path)
 
 
 def test_whoever_reads_the_output_of_mount_is_not_kept_waiting(image: str, cache: Path, tmp_path: Path) -> None:
@@ -231,12 +228,10 @@ def test_a_directory_that_is_not_empty_can_be_mounted_on_if_asked(image: str, ca
     assert (tmp_path / "mnt" / "mine").read_text() == "still here"
 
 
-def test_a_mount_that_fails_leaves_nothing(cache: Path, tmp_path: Path) -> None:
-    path = tmp_path / "mnt"
-    path.mkdir()
-    done = ocifs("mount", "--cache-dir", cache, f"oci:{tmp_path}/nothing:here", path)
+def test_a_mount_that_fails_leaves_nothing(cache: Path, tmp_path: Path, place: Path) -> None:
+    done = ocifs("mount", "--cache-dir", cache, f"oci:{tmp_path}/nothing:here", place)
     assert done.returncode == 3
-    assert nothing_left(path)
+    assert nothing_left(place)
 
 
 # -- ending --------------------------------------------------------------------------------------------------------
@@ -292,11 +287,9 @@ def test_a_mount_in_the_foreground_ends_with_its_mount(image: str, cache: Path, 
         assert nothing_left(tmp_path / "mnt", process.pid)
 
 
-def test_closing_the_terminal_ends_a_mount_in_the_foreground(image: str, cache: Path, tmp_path: Path) -> None:
+def test_closing_the_terminal_ends_a_mount_in_the_foreground(image: str, cache: Path, place: Path) -> None:
     """`script` gives its command a terminal; when it dies the kernel hangs the session up."""
-    path = tmp_path / "mnt"
-    path.mkdir()
-    words = " ".join(command("mount", "--foreground", "--cache-dir", cache, image, path))
+    words = " ".join(command("mount", "--foreground", "--cache-dir", cache, image, place))
     terminal = subprocess.Popen(
         ["script", "--quiet", "--flush", "--command", words, "/dev/null"],
         stdin=subprocess.PIPE,
@@ -306,32 +299,26 @@ def test_closing_the_terminal_ends_a_mount_in_the_foreground(image: str, cache: 
         start_new_session=True,
     )
     try:
-        record = _wait_for_record(path)
+        record = _wait_for_record(place)
         process = Process(record["pid"])
-        assert agent("read", f"{path}/file", 0, 100) == CONTENT.hex()
+        assert agent("read", f"{place}/file", 0, 100) == CONTENT.hex()
         terminal.kill()
         terminal.wait()
         assert process.gone()
-        assert nothing_left(path, process.pid)
+        assert nothing_left(place, process.pid)
     finally:
         terminal.kill()
         terminal.communicate()
-        force_away(path)
 
 
 def test_a_daemon_in_the_background_outlives_the_terminal_it_was_started_from(
-    image: str, cache: Path, tmp_path: Path
+    image: str, cache: Path, place: Path
 ) -> None:
-    path = tmp_path / "mnt"
-    path.mkdir()
-    words = " ".join(command("mount", "--cache-dir", cache, image, path))
+    words = " ".join(command("mount", "--cache-dir", cache, image, place))
     done = run(["script", "--quiet", "--return", "--command", words, "/dev/null"], start_new_session=True)
-    try:
-        assert done.returncode == 0, done.stdout
-        assert agent("read", f"{path}/file", 0, 100) == CONTENT.hex()
-        assert ocifs("umount", path).returncode == 0
-    finally:
-        force_away(path)
+    assert done.returncode == 0, done.stdout
+    assert agent("read", f"{place}/file", 0, 100) == CONTENT.hex()
+    assert ocifs("umount", place).returncode == 0
 
 
 def _wait_for_record(path: Path) -> dict[str, Any]:
@@ -344,11 +331,9 @@ def _wait_for_record(path: Path) -> dict[str, Any]:
 
 
 def test_a_daemon_whose_starter_died_before_it_was_ready_ends(
-    image: str, cache: Path, tmp_path: Path, driver: str
+    image: str, cache: Path, place: Path, driver: str
 ) -> None:
     """The starter is killed while the daemon is kept from becoming ready: its stat(2) of the mount is never answered."""
-    path = tmp_path / "mnt"
-    path.mkdir()
     script = (
         "import os, select, signal, sys\n"
         "from ocifs import cli, daemon\n"
@@ -361,17 +346,14 @@ def test_a_daemon_whose_starter_died_before_it_was_ready_ends(
         "os.write = killing\n"
         "sys.exit(cli.main(sys.argv[1:]))\n"
     )
-    words = command("mount", "--driver", driver, "--cache-dir", cache, image, path)
+    words = command("mount", "--driver", driver, "--cache-dir", cache, image, place)
     words[words.index("-m") : words.index("-m") + 2] = ["-c", script]
-    try:
-        done = run(words)
-        assert done.returncode == -signal.SIGKILL
-        for _ in range(200):
-            if nothing_left(path):
-                break
-        assert nothing_left(path)
-    finally:
-        force_away(path)
+    done = run(words)
+    assert done.returncode == -signal.SIGKILL
+    for _ in range(200):
+        if nothing_left(place):
+            break
+    assert nothing_left(place)
 
 
 # -- killed --------------------------------------------------------------------------------------------------------

@@ -46,14 +46,6 @@ UNITS = ROOT / "systemd"
 MOTD = b"Welcome to the merged view of three layers.\n"
 
 
-@pytest.fixture
-def place(tmp_path: Path) -> Iterator[Path]:
-    where = tmp_path / "mnt"
-    where.mkdir()
-    yield where
-    force_away(where)
-
-
 @contextlib.contextmanager
 def listener(address: str) -> Iterator[socket.socket]:
     """A service manager's end of sd_notify(3)."""
