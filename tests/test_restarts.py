@@ -198,6 +198,92 @@ def test_output_is_never_late_and_no_block_is_left_out(stream: str) -> None:
             )
 
 
+_CHAIN = (*range(1, 15), 15, 15)
+"""Lengths of sixteen codes that are complete."""
+LONGEST = (
+    dict(zip((*b"abcdefghijklm", 256, 283, 284), _CHAIN, strict=True)),
+    dict(zip((*range(14), 28, 29), _CHAIN, strict=True)),
+)
+"""Codes by which a match takes 48 bits."""
+
+
+def longest_matches() -> bytes:
+    rng = random.Random(3)
+    writer = deflate.BlockWriter(*LONGEST)
+    for _ in range(30_000):
+        writer.literal(0x61)
+    for _ in range(1000):
+        for _ in range(30):
+            writer.literal(rng.choice(b"abcdefghijklm"))
+        writer.match(rng.choice((283, 284)), rng.randrange(31), rng.choice((0, 1, 28, 29)), 0)
+    return writer.end()
+
+
+def seemingly_stored() -> bytes:
+    """Literals that come out as they went in, what may be stored headers, and where such blocks would end a long match."""
+    # All literals but one take 8 bits. Codes are packed from their highest bit, so only palindromes are their own code.
+    writer = deflate.BlockWriter(
+        {**dict.fromkeys(range(255), 8), 284: 10, 285: 10, 256: 11, 257: 11, 258: 11, 259: 11},
+        dict(zip((*range(14), 28, 29), _CHAIN, strict=True)),
+    )
+    length = 0x1818
+    for _ in range(30_000):
+        writer.literal(0x3C)
+    for _ in range(10):
+        while writer.bits % 8:
+            writer.match(257, 0, 1, 0)  # of 13 bits
+        for byte in length.to_bytes(2, "little") + (length ^ 0xFFFF).to_bytes(2, "little"):
+            writer.literal(byte)
+        for _ in range(length):
+            writer.literal(0x3C)
+        writer.match(284, 30, 29, 5000)
+    return writer.end()
+
+
+def test_the_longest_symbol_is_silent_for_less_than_six_bytes() -> None:
+    raw = longest_matches()
+    start = 250  # behind the header, which is as silent
+    decompressor = isal_zlib.decompressobj(wbits=-15)
+    assert decompressor.decompress(raw[:start])
+    silent = [not decompressor.decompress(raw[at : at + 1]) for at in range(start, len(raw) - 2)]
+    runs = "".join(" x"[each] for each in silent).split()
+    assert max(map(len, runs)) == restarts._MAX_SYMBOL - 1
+
+
+SILENT: dict[str, Callable[[], bytes]] = {
+    "zlib": lambda: member(text()[:150_000], memory=1)[10:-8],
+    "stored": STREAMS["stored"],
+    "mixed": lambda: member(mixed()[90_000:240_000], memory=1)[10:-8],
+    "sync flushes": lambda: flushed(text()[:150_000])[10:-8],
+    "runs": lambda: member(text()[:50_000] + bytes(2_000_000) + text()[:50_000], 1)[10:-8],
+    "longest matches": longest_matches,
+    "seemingly stored": seemingly_stored,
+}
+
+
+@pytest.mark.parametrize("stream", SILENT)
+def test_where_it_falls_silent_a_block_has_ended(stream: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = SILENT[stream]()
+    blocks, whole = deflate.blocks(raw)
+    begins = [80 + block.bit_offset for block in blocks]
+    seen = []
+
+    def proven(_self: object, silence: restarts._Silence, _data: bytes, *, ends: bool) -> None:
+        del ends
+        seen.append(silence)
+
+    monkeypatch.setattr(restarts._Walk, "_proven", proven)
+    monkeypatch.setattr(restarts, "_PROOF", 1)
+    monkeypatch.setattr(restarts, "_TRIES", 1 << 20)
+    stored = member(b"")[:10] + raw + struct.pack("<II", zlib.crc32(whole), len(whole))
+    for chunk in (1 << 18, 5003):  # chunks' ends cut pieces short
+        monkeypatch.setattr(restarts, "_CHUNK", chunk)
+        assert walked(stored, 1)[0] == whole
+        for silence in seen:
+            assert any(8 * silence.spoke <= begin <= 8 * silence.fell + 15 for begin in begins)
+    assert bool(seen) == (stream not in {"longest matches", "seemingly stored"})
+
+
 def test_two_places_that_fit_are_no_proof(monkeypatch: pytest.MonkeyPatch) -> None:
     honest = restarts._possible
 

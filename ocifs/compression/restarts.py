@@ -7,11 +7,17 @@ not, and no stock decompressor tells; but it can be watched.
 How a block is found
 ====================
 Where a span has become long enough, the decompressor is fed 32 bytes at a time, until a piece gives no output although
-the one before did. Behind the last symbol that gave output there can be only: the code that ends its block, of 15 bits at
-most, empty blocks, and the header of the next block that is not empty. (The header of a block with dynamic codes, RFC
-1951, section 3.2.7, takes 40 to 100 bytes, so that one piece falls within; of a stored one 5, so stored data, which comes
-out as it went in, is followed to its end by the length that its header says.) The last symbol with output ended in the
-piece before. So wherever that was, the next block, empty or not, begins *in that piece or in the 15 bits behind it*.
+the one before did. A symbol with output takes at most 48 bits (RFC 1951, sections 3.2.5 and 3.2.7: 15 of a length's code
+and 5 extra, 15 of a distance's and 13 extra), and comes out as soon as they are there. So behind 6 bytes without output the
+last symbol that had any, which ended in the piece before, was the last of its block. What follows are the code that ends the
+block, of 15 bits at most, empty blocks, and the header of the next block that is not empty. So wherever that was, the next
+block, empty or not, begins *in the piece before the silence or in the 15 bits behind it*. (The header of a block with
+dynamic codes takes 40 to 100 bytes, so that one piece falls within.)
+
+Stored data comes out as it went in, and is followed to its end by the length that its header says; the next stored block's
+header takes 5 bytes only. There the decompressor is fed single bytes: if two give nothing and the next gives one or two
+bytes, it was a literal, not a match, which gives three at least; and a literal takes 15 bits at most, so that it did not
+follow upon the last symbol with output. Again a block ended between the two.
 
 All bits there are tried: decoding from the right one gives what was decoded, on to the next 64 KiB at least. If exactly one
 does, it is the right one, for the right one is among them. That holds whatever the data is made for; that wrong ones
@@ -19,7 +25,7 @@ mostly fail is only why it pays. Two that both fit are accepted if they are the 
 
 A stream in which nothing is found (one block from front to back, or only blocks of fixed codes) has no restart points;
 what to do then is the caller's to decide. Between points it is decoded in large steps, as fast as the library goes. A
-point costs 1.5 ms, most of them for 1.2 µs each 32 bytes of the half block that is searched.
+point costs 2.4 ms, most of them for 1.2 µs each 32 bytes of the half block that is searched.
 
 Pure: what is stored comes through a function, what is decoded goes out in pieces. Not here: checksums of spans, hashes.
 """
@@ -36,7 +42,7 @@ from ocifs.compression.gzip import MAX_WINDOW, TRAILER_SIZE, SpanInflater, membe
 from ocifs.errors import DamagedError
 
 _CHUNK: Final = 1 << 18
-"""Bytes read at a time. The last two chunks are held: a point and the 32 KiB behind it lie within them."""
+"""Bytes read at a time. The last two chunks are held: a point and the 64 KiB that prove it lie within them, mostly."""
 _MAX_HEADER: Final = 1 << 20
 """Bytes of the longest member header that is read: 64 KiB of extra field, and names without end."""
 
@@ -45,6 +51,9 @@ _MAX_STEP: Final = 1 << 18
 # Steps double within a member, because the decompressor copies what a member leaves of one, and members may be tiny.
 
 _Error: Final = cast("type[Exception]", isal_zlib.error)
+
+_MAX_RECENT: Final = 64
+"""Pieces of output that are kept before they are joined."""
 
 _MAX_PIECE: Final = 4 << 20
 """Bytes given out at once at most, however much a step inflates to."""
@@ -58,8 +67,10 @@ _PATIENCE: Final = 16
 _RUN_RATIO: Final = 64
 _RUN_PROBE: Final = 4
 """Bytes fed where the data inflates more than 64-fold: zeros, mostly, whose blocks are 4 MiB in 4 KiB, their headers 13."""
-_STORED_PROBE: Final = 2
-"""Bytes fed where stored data should end: less than half of the header that follows."""
+_MAX_SYMBOL: Final = 6
+"""Bytes of the longest symbol that has output."""
+_MAX_LITERAL: Final = 2
+"""Bytes of the longest literal, 15 bits; and the most that comes out without a match, whose length is 3 at least."""
 _PROBES: Final = 256
 """Pieces fed in one go."""
 _MAX_PROBES: Final = 1 << 14
@@ -114,12 +125,14 @@ def walk(read_at: Callable[[int, int], bytes], size: int, span: int) -> Iterator
 
 
 class _Silence(NamedTuple):
-    """Where the decompressor fell silent: pieces as offsets in the blob."""
+    """Where the decompressor fell silent, so that a block must have ended: pieces as offsets in the blob."""
 
     spoke: int
     """Beginning of the last piece that gave output."""
     fell: int
     """Beginning of the next, which gave none."""
+    data: bytes = b""
+    """What came out behind it already."""
 
 
 class _Walk:
@@ -171,9 +184,7 @@ class _Walk:
         size = _CHUNK
         while True:
             try:
-                return (
-                    self._at + member_header_end(self._chunk, self._at - self._chunk_at) - (self._at - self._chunk_at)
-                )
+                return self._chunk_at + member_header_end(self._chunk, self._at - self._chunk_at)
             except DamagedError:
                 # Perhaps only the chunk ends too early.
                 if self._chunk_at + len(self._chunk) == self._size or size > _MAX_HEADER:
@@ -242,7 +253,7 @@ class _Walk:
             self._recent = [data]
         else:
             self._recent.append(data)
-            if len(self._recent) > 2 * _PROBE:
+            if len(self._recent) > _MAX_RECENT:
                 self._recent = [self._window()]
         restart, self._restart = self._restart, None
         yield Piece(data, restart)
@@ -269,7 +280,7 @@ class _Walk:
                     break
                 self._probe //= 2
                 continue
-            following: list[bytes] = []
+            following = [silence.data]
             while sum(map(len, following)) < _PROOF and not self._inflater.eof:
                 following.append(self._inflate(_PROOF_STEP))
             data = b"".join(following)
@@ -295,13 +306,15 @@ class _Walk:
             begin = self._at
             size, data = self._fed(probe, out)
             fell = self._at - size
-            if not data and not self._inflater.eof:
-                spoke = fell - probe if fell > begin else spoke
-                if spoke >= 0:
+            if fell > begin:
+                spoke = fell - probe
+            while not data and self._at < self._size and not self._inflater.eof:
+                if spoke >= 0 and self._at - fell >= _MAX_SYMBOL:
                     return _Silence(spoke, fell)
-                continue
+                size = min(probe, len(self._next(probe)))
+                data = self._decompress(self._next(size))
             out.append(data)
-            spoke = fell
+            spoke = self._at - size
             if len(data) > _RUN_RATIO * probe:
                 probe = _RUN_PROBE
             elif size == probe and data == self._stored(fell, self._at) and (found := self._stored_end(out)):
@@ -345,9 +358,13 @@ class _Walk:
             if spoke < 0 or self._inflater.eof or self._at == self._size:
                 continue
             fell = self._at
-            data = self._decompress(self._next(_STORED_PROBE))
-            if not data and out[-1] and not self._inflater.eof:
-                return _Silence(spoke, fell)
+            data = b""
+            while not data and self._at < self._size and not self._inflater.eof:
+                if self._at - fell == _MAX_SYMBOL and out[-1]:
+                    return _Silence(spoke, fell)
+                data = self._decompress(self._next(1))
+            if self._at - 1 - fell >= _MAX_LITERAL and 0 < len(data) <= _MAX_LITERAL and out[-1]:
+                return _Silence(spoke, fell, data)
             out.append(data)
         return None
 
