@@ -23,9 +23,9 @@ it and writes entries and spans, which the main thread does otherwise. A lane ta
 compresses the copy. hashlib and the compression libraries release the GIL. A lane runs its jobs one after the other, so
 each hash has one owner, and the index one writer.
 
-Of the 2.7 s of processor that a layer of 724 MB in 265 takes, 1.4 decompress, 0.3 look for restart points, 0.56 are the
-SHA-256 of the layer and 0.4 of the blob and its spans, 0.15 parse 13,727 headers: so the main thread is the longest, and
-hides the rest on a second core.
+Of the processor's time for a layer of 724 MB in 265, 1.4 s decompress, 0.4 look for restart points, 0.56 are the SHA-256
+of the layer and 0.4 of the blob and its spans, 0.15 parse 13,727 headers: so the main thread is the longest, and hides the
+rest on a second core.
 """
 
 from __future__ import annotations
@@ -51,7 +51,12 @@ from ocifs.spec import DiffID, Digest, Hasher
 from ocifs.tar import TarScanner, TarSummary
 
 GZIP_SPAN: Final = 4 << 20
-"""Bytes that a gzip span decodes to, about."""
+"""Bytes that a gzip span decodes to, about.
+
+Measured on that layer, with 512 KiB, 1, 2 and 4 MiB: the pass at 263, 300, 407, 413 MB/s; an index of 4.4, 2.6, 1.6, 0.9 %
+of the blob (32 KiB of window for each span); the mean first read of 1.6, 2.4, 3.4, 6.4 ms. Spans are decoded only as far
+as somebody reads, so a larger one costs little when read from its beginning, and the index should stay below 2 %.
+"""
 
 FRAME_SIZE: Final = 1 << 20
 """Bytes in a frame of a re-framed copy, and the least that a group of zstd frames holds: 1 MiB, 0.5 ms to decode."""
