@@ -39,7 +39,7 @@ def cache() -> None:
 
 
 @cache.command(epilog=opt.examples("ocifs cache info", "ocifs cache info --json | jq .bytes"))
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@opt.json_option
 @opt.cache_options
 def info(choice: Choice, *, as_json: bool) -> None:
     """Show where the cache is and how much is in it, by kind."""
@@ -81,7 +81,7 @@ def _summary(store: Store) -> dict[str, Any]:
 
 
 @cache.command("ls", epilog=opt.examples("ocifs cache ls", "ocifs cache ls --json | jq -r 'select(.in_use) | .key'"))
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON object a line.")
+@opt.json_lines_option
 @opt.cache_options
 def ls(choice: Choice, *, as_json: bool) -> None:
     """List what is in the cache, in the order in which `gc` would remove it."""

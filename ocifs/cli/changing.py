@@ -140,7 +140,7 @@ def _same_image(state: State, store: Store) -> Image:
     ),
 )
 @click.option("-l", "long", is_flag=True, help="Say also what of it changed.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
+@opt.json_lines_option
 @_where
 @opt.data_options
 def diff_upper(choice: Choice, where: Where, *, long: bool, as_json: bool) -> None:

@@ -203,7 +203,7 @@ def _shortened(command: str) -> str:
         "ocifs inspect --json oci:images/app | jq .config.config.Env",
     )
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@opt.json_option
 @opt.ref_argument
 @opt.layer_options
 def inspect(choice: Choice, ref: str, *, as_json: bool) -> None:
@@ -284,7 +284,7 @@ def _cell(value: object) -> str:
         "ocifs layers --json oci:images/app | jq -r '[.layer, .digest] | @tsv'",
     )
 )
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON object a line.")
+@opt.json_lines_option
 @opt.ref_argument
 @opt.layer_options
 def layers(choice: Choice, ref: str, *, as_json: bool) -> None:

@@ -218,7 +218,7 @@ def _long_name(view: RootFS, entry: _Listed, found: Inode, manner: _Manner) -> s
 @click.option("-d", "--directory", "itself", is_flag=True, help="A directory itself, not what is in it.")
 @click.option("-a", "--all", "dots", is_flag=True, help="The names . and .. too; all others are always shown.")
 @click.option("-1", "one", is_flag=True, help="One name a line on a terminal too.")
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON object a line.")
+@opt.json_lines_option
 @opt.ref_argument
 @click.argument("paths", metavar="[PATH…]", nargs=-1)
 @opt.tree_options
@@ -335,7 +335,7 @@ def _ls_text(
     )
 )
 @click.option("-L", "--dereference", is_flag=True, help="Of a link, show what it leads to.")
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON object a line.")
+@opt.json_lines_option
 @opt.ref_argument
 @click.argument("paths", metavar="PATH…", nargs=-1, required=True)
 @opt.tree_options

@@ -58,7 +58,7 @@ class Finding(msgspec.Struct, frozen=True):
 
 
 @click.command(epilog=opt.examples("ocifs doctor", "ocifs doctor --json | jq -r 'select(.ok | not) | .advice'"))
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON object a line.")
+@opt.json_lines_option
 @opt.cache_options
 def doctor(choice: Choice, *, as_json: bool) -> None:
     """Say what this machine can do, what each thing is needed for, and what to do about what is missing.

@@ -103,7 +103,7 @@ def umount(choice: Choice, directories: tuple[str, ...], *, lazy: bool, dead: bo
 
 
 @click.command(epilog=opt.examples("ocifs ps", "ocifs ps --json | jq -r .mountpoint"))
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON object a line.")
+@opt.json_lines_option
 @opt.plain_options
 def ps(choice: Choice, *, as_json: bool) -> None:  # noqa: ARG001 (-v has done what it does)
     """List what is mounted by this user, oldest first.
@@ -141,7 +141,7 @@ def _print_listed(listed: Sequence[Listed]) -> None:
 
 
 @click.command("stat-mount", epilog=opt.examples("ocifs stat-mount /mnt", "ocifs stat-mount --json /mnt | jq .errors"))
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@opt.json_option
 @click.argument("directory", metavar="DIR", shell_complete=_complete_mountpoint)
 @opt.plain_options
 def stat_mount(choice: Choice, directory: str, *, as_json: bool) -> None:  # noqa: ARG001 (-v has done what it does)

@@ -201,6 +201,16 @@ def container_options(function: _F) -> _F:
     return _declared((_SOURCE, _UPTO, _MEMORY, _CACHE_DIR, _VERBOSE_LONG))(function)
 
 
+def json_option(function: _F) -> _F:
+    """Declare --json of a command that has one thing to say."""
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")(function)
+
+
+def json_lines_option(function: _F) -> _F:
+    """Declare --json of a command that lists things."""
+    return click.option("--json", "as_json", is_flag=True, help="Print a JSON object a line.")(function)
+
+
 def examples(*lines: str) -> str:
     """The epilogue of a command's help."""
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
