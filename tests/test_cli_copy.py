@@ -16,7 +16,8 @@ from ocifs.cli.unpack import remove_tree
 from ocifs.tar import EntryType, TarScanner
 from ocifs.tree import Kind
 from tests.support.command import OCIFS, SAMPLE, Run, runner
-from tests.support.layout import write_layout
+from tests.support.damage import flip
+from tests.support.layout import blob_path, write_layout
 from tests.support.tarball import CHAR, FIFO, HARDLINK, entry, sparse_pax_0_1, tarball
 
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="owners and devices can be made by root only")
@@ -228,10 +229,7 @@ def test_cp_that_fails_leaves_nothing_behind(run: Run, tmp_path: Path) -> None:
     digests = write_layout(tmp_path / "image", [tarball(entry("d/a", b"fine"), entry("d/b", os.urandom(300_000)))])
     where = str(tmp_path / "image")
     assert run("index", where).status == 0
-    blob = tmp_path / "image/blobs/sha256" / digests["layers"][0].removeprefix("sha256:")
-    raw = bytearray(blob.read_bytes())
-    raw[len(raw) // 2] ^= 1
-    blob.write_bytes(raw)
+    flip(blob_path(tmp_path / "image", digests["layers"][0]), 150_000)
     (tmp_path / "into").mkdir()
     assert run("cp", where, "/d", str(tmp_path / "into")).status == 4
     assert list((tmp_path / "into").iterdir()) == []
@@ -329,10 +327,7 @@ def test_export_that_fails_leaves_the_old_file_and_nothing_else(run: Run, tmp_pa
     digests = write_layout(tmp_path / "image", [tarball(entry("b", os.urandom(300_000)))])
     where = str(tmp_path / "image")
     assert run("index", where).status == 0
-    blob = tmp_path / "image/blobs/sha256" / digests["layers"][0].removeprefix("sha256:")
-    raw = bytearray(blob.read_bytes())
-    raw[len(raw) // 2] ^= 1
-    blob.write_bytes(raw)
+    flip(blob_path(tmp_path / "image", digests["layers"][0]), 150_000)
     (tmp_path / "into").mkdir()
     (tmp_path / "into/out.tar").write_text("old")
     assert run("export", where, "-o", str(tmp_path / "into/out.tar")).status == 4

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from tests.support.command import OCIFS, SAMPLE, Run, runner
-from tests.support.layout import write_layout
+from tests.support.damage import flip
+from tests.support.layout import blob_path, write_layout
 from tests.support.tarball import CHAR, FIFO, HARDLINK, entry, tarball
 
 
@@ -403,10 +404,7 @@ def test_cat_never_gives_wrong_bytes_of_a_blob_that_changed(run: Run, tmp_path: 
     digests = write_layout(tmp_path / "image", [tarball(entry("file", os.urandom(100_000)))])
     image = str(tmp_path / "image")
     assert run("index", image).status == 0
-    blob = tmp_path / "image/blobs/sha256" / digests["layers"][0].removeprefix("sha256:")
-    raw = bytearray(blob.read_bytes())
-    raw[len(raw) // 2] ^= 1
-    blob.write_bytes(raw)
+    flip(blob_path(tmp_path / "image", digests["layers"][0]), 50_000)
     status, out, err = run("cat", image, "file")
     assert (status, out) == (4, b"")
     assert err.startswith("ocifs: ")
@@ -436,15 +434,13 @@ def test_blob_that_is_none_is_not_found(run: Run) -> None:
 
 def test_blob_with_a_wrong_digest_shows_in_the_status_and_can_be_examined(run: Run, tmp_path: Path) -> None:
     digests = write_layout(tmp_path / "image", [tarball(entry("f", b"data"))])
-    blob = tmp_path / "image/blobs/sha256" / digests["layers"][0].removeprefix("sha256:")
-    raw = bytearray(blob.read_bytes())
-    raw[-1] ^= 1
-    blob.write_bytes(raw)
+    blob = blob_path(tmp_path / "image", digests["layers"][0])
+    flip(blob, -1)
     status, out, err = run("blob", str(tmp_path / "image"), "1")
-    assert (status, out) == (4, bytes(raw))
+    assert (status, out) == (4, blob.read_bytes())
     assert "another digest" in err
     status, out, err = run("blob", "--examine", str(tmp_path / "image"), "1")
-    assert (status, out) == (0, bytes(raw))
+    assert (status, out) == (0, blob.read_bytes())
     assert "warning" in err
 
 
@@ -645,11 +641,8 @@ def test_doctor_says_what_to_do_about_a_cache_that_cannot_be_used(run: Run) -> N
 
 
 def test_index_examines_a_damaged_image_and_warns(tmp_path: Path) -> None:
-    write_layout(tmp_path / "image", [tarball(entry("file", b"x"))], compression="plain", tag="it")
-    blob = max((tmp_path / "image" / "blobs" / "sha256").iterdir(), key=lambda path: path.stat().st_size)
-    data = bytearray(blob.read_bytes())
-    data[512] ^= 1
-    blob.write_bytes(data)
+    digests = write_layout(tmp_path / "image", [tarball(entry("file", b"x"))], compression="plain", tag="it")
+    flip(blob_path(tmp_path / "image", digests["layers"][0]), 512)
     words = ["index", "--examine", "--cache-dir", str(tmp_path / "cache"), f"oci:{tmp_path}/image:it"]
     done = subprocess.run(
         [sys.executable, "-m", "ocifs", *words], capture_output=True, text=True, check=False, timeout=60

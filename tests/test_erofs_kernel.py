@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from ocifs.erofs.writer import Encoder
 from ocifs.tree import Extent, Kind, Node
 from tests.support import mounted
+from tests.support.damage import flip
 from tests.support.trees import (
     content,
     directory,
@@ -257,9 +258,7 @@ def test_unreadable_files_that_have_a_size_read_errors(place: Path) -> None:
 @pytest.mark.parametrize("where", [1024, 1030, 1100, 1300])
 def test_the_kernel_sums_the_superblock_as_we_do(place: Path, where: int) -> None:
     _, devices = put(place, directory(), CONTENT)
-    raw = bytearray((place / "image").read_bytes())
-    raw[where] ^= 1
-    (place / "image").write_bytes(raw)
+    flip(place / "image", where)
     assert isinstance(mounted.look(place / "image", devices, place / "mnt"), str)
 
 

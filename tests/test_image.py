@@ -27,6 +27,7 @@ from ocifs.rootfs import NotReadableError, RootFS, view
 from ocifs.rules import MountPoint
 from ocifs.store import Kind, Store
 from ocifs.tree import Kind as NodeKind
+from tests.support.damage import flip
 from tests.support.layout import (
     blob_path,
     compress,
@@ -766,15 +767,6 @@ def test_a_stale_or_damaged_entry_is_built_again_without_a_word(
     assert (("merging", 2) in spy.events) == (kind is Kind.TREE)
 
 
-def _damage(path: Path, at: int, size: int = 1) -> None:
-    """In place, as a disk does it."""
-    with path.open("r+b") as file:
-        file.seek(at)
-        data = file.read(size)
-        file.seek(at)
-        file.write(bytes(byte ^ 0xFF for byte in data))
-
-
 def _section(path: Path, number: int) -> int:
     """Where a section of an index begins: 0 META, 1 NOTICES, 2 FRAMES, 3 SPANS."""
     return int(struct.unpack_from("<Q", path.read_bytes(), 24 + 48 * number)[0])
@@ -790,7 +782,7 @@ def test_an_index_found_damaged_while_layers_are_merged_is_built_again_at_once(
     for layer in open_layers(resolve(f"oci:{tmp_path}/image", ImageOptions(), store), store, ImageOptions()):
         layer.close()
     path = store.path / "layers" / key(digests["layers"][1])
-    _damage(path, {"entry frame": 248, "table of frames": _section(path, 2), "notices": _section(path, 1)}[where])
+    flip(path, {"entry frame": 248, "table of frames": _section(path, 2), "notices": _section(path, 1)}[where])
     spy = Spy()
     before = open_files()
     assert look(store, f"oci:{tmp_path}/image", spy) == SEEN_UPPER
@@ -829,7 +821,7 @@ def test_what_is_found_damaged_while_it_is_served_is_an_error_and_built_again_ne
         span = opened.layers[0].index.spans[1]
     assert (span.window_size > 0) == (what != "copy")
     at = {"window": span.window_offset, "copy": span.blob_offset}.get(what) or _section(path, 3)
-    _damage(path, at)
+    flip(path, at)
     with open_image(reference, store, ImageOptions()) as opened, pytest.raises(CacheDamagedError):
         contents(view(opened))
     assert not path.exists()
@@ -849,7 +841,7 @@ def test_a_tree_found_damaged_while_it_is_served_is_an_error_and_built_again_nex
     look(store, reference)
     [path] = (store.path / "trees").iterdir()
     with open_image(reference, store, ImageOptions()) as opened:
-        _damage(path, opened.tree.image_size // 2)  # not in the blocks that opening reads
+        flip(path, opened.tree.image_size // 2)  # not in the blocks that opening reads
         with pytest.raises(CacheDamagedError, match=r"^the image tree .* is damaged: block "):
             opened.tree.read_range(0, opened.tree.image_size)
     assert not path.exists()
@@ -862,7 +854,7 @@ def test_a_damaged_blob_is_not_taken_for_a_damaged_cache(store: Store, tmp_path:
     digests = write_layout(tmp_path / "image", [BASE])
     look(store, f"oci:{tmp_path}/image")
     before = inodes(store, Kind.LAYER)
-    _damage(blob_path(tmp_path / "image", digests["layers"][0]), 50)
+    flip(blob_path(tmp_path / "image", digests["layers"][0]), 50)
     with pytest.raises(DamagedError, match="its bytes have changed since the index was built") as caught:
         look(store, f"oci:{tmp_path}/image")
     assert not isinstance(caught.value, CacheDamagedError)

@@ -26,6 +26,7 @@ from ocifs import image
 from ocifs.image import ImageOptions
 from ocifs.store import Kind, Store
 from tests.support import layout
+from tests.support.damage import flip
 from tests.support.mounting import (
     LIMIT,
     Mount,
@@ -99,15 +100,6 @@ def reads_of(spans: list[tuple[int, int, int, int]], bad: set[int], driver: str)
         touched = {n for n, (offset, size, _, _) in enumerate(spans) if offset < last and offset + size > first}
         answers.append("EIO" if touched & bad else "ok")
     return answers
-
-
-def flip(path: Path, offset: int) -> None:
-    """Change one bit of a file in place."""
-    with path.open("r+b") as file:
-        file.seek(offset)
-        byte = file.read(1)
-        file.seek(offset)
-        file.write(bytes([byte[0] ^ 0x10]))
 
 
 # -- blobs ---------------------------------------------------------------------------------------------------------
