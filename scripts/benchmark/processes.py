@@ -129,6 +129,16 @@ def _say_why(words: Sequence[Word], process: subprocess.Popen[bytes], complaints
     return FailedError(f"{Path(words[0]).name} ended with status {process.returncode}{last}")
 
 
+def _complaint(words: Sequence[Word], process: subprocess.Popen[bytes], complaints: IO[bytes], *, forgive: bool) -> str:
+    """What a command complained of when it failed, if somebody forgives it; empty if it did not fail."""
+    if not process.returncode:
+        return ""
+    error = _say_why(words, process, complaints)
+    if not forgive:
+        raise error
+    return str(error)
+
+
 def run(
     *words: Word,
     limit: float = 120,
@@ -161,12 +171,7 @@ def run(
         finally:
             if process.returncode is None:
                 _end(process)
-        complaint = ""
-        if process.returncode:
-            error = _say_why(words, process, complaints)
-            if not forgive:
-                raise error
-            complaint = str(error)
+        complaint = _complaint(words, process, complaints, forgive=forgive)
         if isinstance(out, int):
             return Ran(seconds, b"", complaint)
         out.seek(0)
@@ -215,12 +220,7 @@ def piped(*words: Word, limit: float = 120, forgive: bool = False) -> Piped:
                 _end(process)
         if seconds >= limit:
             raise FailedError(f"{Path(words[0]).name} was stopped after {limit:.0f} s")
-        complaint = ""
-        if process.returncode:
-            error = _say_why(words, process, complaints)
-            if not forgive:
-                raise error
-            complaint = str(error)
+        complaint = _complaint(words, process, complaints, forgive=forgive)
         return Piped(seconds, total, complaint)
 
 
