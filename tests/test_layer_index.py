@@ -648,7 +648,19 @@ class _Fails(MemoryBlob):
 
 
 def _kill_myself(number: int) -> None:
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.kill(os.getpid(), number)
+
+
+def _crashing_once(marker: Path) -> Callable[[], None]:
+    """Ends the process that calls it as a crash does, the first time only."""
+
+    def crash() -> None:
+        if not marker.exists():
+            marker.touch()
+            _kill_myself(signal.SIGABRT)
+
+    return crash
 
 
 def test_a_killed_child_is_a_plain_error() -> None:
@@ -658,26 +670,14 @@ def test_a_killed_child_is_a_plain_error() -> None:
 
 
 def test_a_child_that_crashes_is_tried_again_the_slow_way(tmp_path: Path) -> None:
-    marker = tmp_path / "crashed"
-
-    def crash() -> None:
-        if not marker.exists():
-            marker.touch()
-            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-            _kill_myself(signal.SIGABRT)
-
-    one = indexed(_Fails(made("gzip by zlib"), 1_000_000, crash))
+    one = indexed(_Fails(made("gzip by zlib"), 1_000_000, _crashing_once(tmp_path / "crashed")))
     assert one.built.reframed
     check_whole(one, layer())
 
 
 def test_a_child_that_crashes_twice_is_an_error() -> None:
-    def crash() -> None:
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        _kill_myself(signal.SIGSEGV)
-
     with pytest.raises(MachineError, match="was ended by signal 11"):
-        indexed(_Fails(made("gzip by zlib"), 1_000_000, crash))
+        indexed(_Fails(made("gzip by zlib"), 1_000_000, lambda: _kill_myself(signal.SIGSEGV)))
 
 
 def test_errors_of_the_source_pass_through() -> None:
@@ -780,18 +780,11 @@ def test_progress_grows_to_the_stored_size(how: str, monkeypatch: pytest.MonkeyP
 
 def test_progress_begins_anew_with_a_second_pass(tmp_path: Path) -> None:
     broken = flip(made("gzip by zlib"), len(made("gzip by zlib")) - 8)
-    marker = tmp_path / "crashed"
-
-    def crash() -> None:
-        if not marker.exists():
-            marker.touch()
-            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-            _kill_myself(signal.SIGABRT)
-
     tolerated: list[int] = []
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(child, "_REPORT_EVERY", 1 << 16)
         indexed(broken, tolerant=True, progress=tolerated.append)
+    crash = _crashing_once(tmp_path / "crashed")
     crashed = progress_of(_Fails(made("gzip by zlib"), len(made("gzip by zlib")) - 1000, crash))
     for told in (tolerated, crashed):
         falls = [at for at in range(1, len(told)) if told[at] < told[at - 1]]
