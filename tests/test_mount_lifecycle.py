@@ -480,8 +480,7 @@ def test_ps_lists_a_daemon_whose_mount_is_out_of_sight_as_detached(
 
     with mounted(image, tmp_path / "mnt", driver=driver, cache=cache, ended=True) as mount:
         assert states() == ["live"]
-        holder = start("hold", mount.at("file"))
-        _wait_for_line(holder)
+        holder = _holder(mount)
         assert ocifs("umount", "--lazy", mount.path).returncode == 0
         assert states() == ["detached"]
         with mounted(image, mount.path, driver=driver, cache=cache):
@@ -493,8 +492,7 @@ def test_ps_lists_a_daemon_whose_mount_is_out_of_sight_as_detached(
 
 def test_a_dead_mount_in_use_is_removed_all_the_same(image: str, cache: Path, tmp_path: Path, driver: str) -> None:
     with mounted(image, tmp_path / "mnt", driver=driver, cache=cache, ended=True) as mount:
-        holder = start("hold", mount.at("file"))
-        _wait_for_line(holder)
+        holder = _holder(mount)
         _kill(mount)
         assert ocifs("umount", mount.path).returncode == 0
         assert nothing_left(mount.path)
@@ -516,6 +514,13 @@ def _wait_for_line(process: subprocess.Popen[str], limit: float = LIMIT) -> str:
     return line.decode()
 
 
+def _holder(mount: Mount, name: str = "file", how: str = "hold") -> subprocess.Popen[str]:
+    """Start a process that has something of a mount open by now; `answer` has it let go."""
+    holder = start(how, mount.at(name))
+    _wait_for_line(holder)
+    return holder
+
+
 @pytest.mark.parametrize(
     ("how", "name"),
     [("hold", "file"), ("hold_directory", "dir"), ("hold_mapping", "large")],
@@ -525,8 +530,7 @@ def test_a_busy_mount_is_not_unmounted_and_its_users_are_named(
     image: str, cache: Path, tmp_path: Path, driver: str, how: str, name: str
 ) -> None:
     with mounted(image, tmp_path / "mnt", driver=driver, cache=cache) as mount:
-        holder = start(how, mount.at(name))
-        _wait_for_line(holder)
+        holder = _holder(mount, name, how)
         done = ocifs("umount", mount.path)
         assert done.returncode == 7
         assert f"(pid {holder.pid})" in done.stderr
@@ -539,8 +543,7 @@ def test_a_lazy_umount_serves_who_is_in_and_frees_the_place_at_once(
     image: str, cache: Path, tmp_path: Path, driver: str
 ) -> None:
     with mounted(image, tmp_path / "mnt", driver=driver, cache=cache, ended=True) as mount:
-        holder = start("hold", mount.at("file"))
-        _wait_for_line(holder)
+        holder = _holder(mount)
         done = ocifs("umount", "--lazy", mount.path)
         assert (done.returncode, done.stderr) == (0, "")
         assert not in_mountinfo(mount.path)
@@ -563,8 +566,7 @@ def test_a_late_daemon_does_not_unmount_what_came_after_it(
     image: str, cache: Path, tmp_path: Path, driver: str
 ) -> None:
     with mounted(image, tmp_path / "mnt", driver=driver, cache=cache, ended=True) as mount:
-        holder = start("hold", mount.at("file"))
-        _wait_for_line(holder)
+        holder = _holder(mount)
         assert ocifs("umount", "--lazy", mount.path).returncode == 0
         with mounted(image, mount.path, driver=driver, cache=cache) as again:
             mount.process.signal(signal.SIGTERM)
