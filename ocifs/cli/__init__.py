@@ -51,8 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     output and goes away ends us as it ends cat(1): by SIGPIPE, without a word.
     """
     _fill_standard_streams()
-    from ocifs.cli.commands import ocifs  # noqa: PLC0415 (commands imports what this module offers)
-    from ocifs.cli.output import complain, discard_output, flush, sentence  # noqa: PLC0415
+    from ocifs.cli.commands import ocifs  # commands imports what this module offers
+    from ocifs.cli.output import complain, discard_output, flush, sentence
 
     words = sys.argv[1:] if arguments is None else list(arguments)
     if "_OCIFS_COMPLETE" in os.environ:
@@ -95,7 +95,7 @@ def _fill_standard_streams() -> None:
 
 def _after_output(status: int) -> int:
     """Bring out what was written before the failure; the failure is what counts if that fails too."""
-    from ocifs.cli.output import discard_output, flush  # noqa: PLC0415
+    from ocifs.cli.output import discard_output, flush
 
     try:
         flush()
@@ -105,12 +105,12 @@ def _after_output(status: int) -> int:
 
 
 def _bug(error: Exception) -> int:
-    import logging  # noqa: PLC0415
+    import logging
 
-    from ocifs.cli.output import complain, discard_output  # noqa: PLC0415
+    from ocifs.cli.output import complain, discard_output
 
     if logging.getLogger("ocifs").isEnabledFor(logging.INFO):
-        import traceback  # noqa: PLC0415
+        import traceback
 
         traceback.print_exception(error)
     what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

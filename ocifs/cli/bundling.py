@@ -117,7 +117,7 @@ def bundle(
     config.json says what the image's configuration says, and CMD in place of its command. What a container writes is kept
     in DIR/upper, in a layer of its own above the image. DIR is made, for you alone; 'ocifs unbundle DIR' ends it.
     """
-    from ocifs.bundle.lifecycle import make_bundle  # noqa: PLC0415 (only what mounts loads FUSE)
+    from ocifs.bundle.lifecycle import make_bundle  # only what mounts loads FUSE
 
     if sum((read_only, ephemeral, upper is not None)) > 1:
         raise UsageError("--read-only, --ephemeral and --upper exclude one another: give one of them")
@@ -138,7 +138,7 @@ def bundle(
 @opt.plain_options
 def unbundle(choice: Choice, directories: tuple[str, ...], *, delete: bool) -> None:  # noqa: ARG001 (-v has done what it does)
     """End bundles: nothing stays mounted. What containers changed stays, unless it was kept in memory."""
-    from ocifs.bundle.lifecycle import end_bundle  # noqa: PLC0415
+    from ocifs.bundle.lifecycle import end_bundle
 
     opt.for_each(directories, lambda directory: end_bundle(Path(directory), delete=delete))
 
@@ -179,7 +179,7 @@ def run(
     end, with everything else that was made for it. On a terminal the container gets one of its own. ^C and SIGTERM go to
     the container; a second one ends it by force.
     """
-    from ocifs.bundle.containers import find_runtime, run_container  # noqa: PLC0415
+    from ocifs.bundle.containers import find_runtime, run_container
 
     found = find_runtime(runtime)
     ids = 0
@@ -213,9 +213,9 @@ def run(
 
 def _in_a_namespace(choice: Choice) -> tuple[Choice, int]:
     """Become root of a user namespace, without forgetting whose cache and runtime directory are ours."""
-    from ocifs.bundle.namespace import enter  # noqa: PLC0415
-    from ocifs.daemon.records import RUNTIME_VARIABLE, runtime_dir  # noqa: PLC0415
-    from ocifs.store import default_path  # noqa: PLC0415
+    from ocifs.bundle.namespace import enter
+    from ocifs.daemon.records import RUNTIME_VARIABLE, runtime_dir
+    from ocifs.store import default_path
 
     choice = dataclasses.replace(choice, cache_dir=choice.cache_dir or str(default_path()))
     os.environ[RUNTIME_VARIABLE] = str(runtime_dir())
@@ -224,7 +224,7 @@ def _in_a_namespace(choice: Choice) -> tuple[Choice, int]:
 
 def _with_names_of_host(plan: Plan) -> Plan:
     """Let a container in the host's network find names as the host does, unless it is told otherwise."""
-    from ocifs.bundle.config import Bind  # noqa: PLC0415
+    from ocifs.bundle.config import Bind
 
     bound = {bind.destination for bind in plan.wanted.binds}
     more = [
@@ -247,9 +247,9 @@ def _plan(
     cache: Path,
     **more: Any,  # noqa: ANN401 (further fields of Wanted)
 ) -> Plan:
-    from ocifs.bundle.config import Wanted  # noqa: PLC0415
-    from ocifs.bundle.lifecycle import Plan  # noqa: PLC0415
-    from ocifs.reference import parse  # noqa: PLC0415
+    from ocifs.bundle.config import Wanted
+    from ocifs.bundle.lifecycle import Plan
+    from ocifs.reference import parse
 
     options = choice.image_options()
     if options.containerd_root is not None:
@@ -281,7 +281,7 @@ def _variable(word: str) -> str:
 
 
 def _bind(word: str) -> Bind:
-    from ocifs.bundle.config import Bind  # noqa: PLC0415
+    from ocifs.bundle.config import Bind
 
     source, *rest = word.split(":")
     destination = rest[0] if rest else ""
@@ -315,7 +315,7 @@ def _patch(name: str | None) -> Any:  # noqa: ANN401 (JSON)
 
 
 def _id_map() -> IdMap:
-    from ocifs.bundle.config import IdMap  # noqa: PLC0415
+    from ocifs.bundle.config import IdMap
 
     return IdMap(os.geteuid(), os.getegid())
 

@@ -63,7 +63,7 @@ def info(choice: Choice, *, as_json: bool) -> None:
 
 
 def _summary(store: Store) -> dict[str, Any]:
-    from ocifs.store import Kind  # noqa: PLC0415
+    from ocifs.store import Kind
 
     kinds = {kind.value: {"entries": 0, "in_use": 0, "bytes": 0} for kind in Kind}
     for entry in store.entries():
@@ -120,7 +120,7 @@ def ls(choice: Choice, *, as_json: bool) -> None:
 @opt.cache_options
 def gc(choice: Choice, max_size: str | None) -> None:
     """Remove what was not used for longest, until the cache is no larger than --max-size."""
-    from ocifs.store import DEFAULT_LIMIT  # noqa: PLC0415
+    from ocifs.store import DEFAULT_LIMIT
 
     limit = DEFAULT_LIMIT if max_size is None else opt.parse_size(max_size, "--max-size")
     with opt.opened_store(choice) as store:

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 import click
 
@@ -63,13 +63,13 @@ def _where(function: _F) -> _F:
         click.argument("directory", metavar="DIR", type=click.Path()),
     ):
         decorated = declare(decorated)
-    return decorated  # type: ignore[no-any-return]
+    return cast("_F", decorated)
 
 
 @contextlib.contextmanager
 def _opened(choice: Choice, where: Where) -> Iterator[tuple[Image, Merged]]:
     """The image, and what is there of it and of the upper directory together."""
-    from ocifs.changes import Merged, Namespace, Upper  # noqa: PLC0415 (loads most of ocifs: only once a command runs)
+    from ocifs.changes import Merged, Namespace, Upper  # loads most of ocifs: only once a command runs
 
     with contextlib.ExitStack() as stack:
         if where.ref is None:
@@ -84,11 +84,11 @@ def _opened(choice: Choice, where: Where) -> Iterator[tuple[Image, Merged]]:
 @contextlib.contextmanager
 def _opened_bundle(choice: Choice, directory: Path) -> Iterator[tuple[str, Image, RootFS]]:
     """A bundle's upper directory, and its image as it was when the bundle was made."""
-    from ocifs.bundle import state as states  # noqa: PLC0415
-    from ocifs.image import ImageOptions  # noqa: PLC0415
-    from ocifs.rootfs import view  # noqa: PLC0415
-    from ocifs.spans import SpanCache  # noqa: PLC0415
-    from ocifs.store import Store  # noqa: PLC0415
+    from ocifs.bundle import state as states
+    from ocifs.image import ImageOptions
+    from ocifs.rootfs import view
+    from ocifs.spans import SpanCache
+    from ocifs.store import Store
 
     if choice.image_options() != ImageOptions():
         raise UsageError("a bundle says itself which image it is of: options that choose one need --image")
@@ -103,11 +103,11 @@ def _opened_bundle(choice: Choice, directory: Path) -> Iterator[tuple[str, Image
 
 def _same_image(state: State, store: Store) -> Image:
     """The image of a bundle: by its reference, or by its digest if the reference leads to another one by now."""
-    import msgspec  # noqa: PLC0415
+    import msgspec
 
-    from ocifs import reference  # noqa: PLC0415
-    from ocifs.errors import NotFoundError  # noqa: PLC0415
-    from ocifs.image import open_image  # noqa: PLC0415
+    from ocifs import reference
+    from ocifs.errors import NotFoundError
+    from ocifs.image import open_image
 
     # Mount points that the bundle's tree shows are of no layer, and a new layer is laid over layers.
     options = msgspec.structs.replace(state.options, mount_points=())
@@ -150,7 +150,7 @@ def diff_upper(choice: Choice, where: Where, *, long: bool, as_json: bool) -> No
     a file that was written and is as it was is not listed. Of a deleted directory only the top is, and so of one that
     something else took the place of.
     """
-    from ocifs.changes import differences  # noqa: PLC0415
+    from ocifs.changes import differences
 
     terminal = output.to_terminal()
     with _opened(choice, where) as (_, merged):
@@ -225,9 +225,9 @@ def commit(
     PATH is made if it is not there; in one that is there the tag is replaced and all others stay. The same changes make
     the same layer, and with --timestamp the same image.
     """
-    from ocifs import reference  # noqa: PLC0415
-    from ocifs.changes import PACKINGS, Destination, Recipe, parse_change  # noqa: PLC0415
-    from ocifs.changes import commit as write_image  # noqa: PLC0415
+    from ocifs import reference
+    from ocifs.changes import PACKINGS, Destination, Recipe, parse_change
+    from ocifs.changes import commit as write_image
 
     if compression not in PACKINGS:
         raise UsageError(f"--compression {compression!r} is none of {', '.join(PACKINGS)}")

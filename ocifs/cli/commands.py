@@ -67,7 +67,7 @@ class Ocifs(click.Group):
         """List the names, in the order of help."""
         return list(PLACES)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002 (as above)
         """Load one command."""
         place = PLACES.get(cmd_name)
         if place is None:
@@ -80,14 +80,14 @@ class Ocifs(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Name the nearest commands if there is none of that name."""
         if args and args[0] not in PLACES and not args[0].startswith("-"):
-            import difflib  # noqa: PLC0415 (only on a mistake)
+            import difflib  # only on a mistake
 
             near = difflib.get_close_matches(args[0], PLACES, 3, 0.5)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
             ctx.fail(f"there is no command {args[0]!r}{hint}")
         return super().resolve_command(ctx, args)
 
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002 (as above)
         """List the commands by family."""
         for family, places in FAMILIES.items():
             with formatter.section(family):
@@ -97,7 +97,7 @@ class Ocifs(click.Group):
 def _version(ctx: click.Context, _: click.Parameter, value: bool) -> None:  # noqa: FBT001 (click's signature)
     if not value or ctx.resilient_parsing:
         return
-    from importlib.metadata import PackageNotFoundError, version  # noqa: PLC0415 (takes 20 ms)
+    from importlib.metadata import PackageNotFoundError, version  # takes 20 ms
 
     try:
         click.echo(f"ocifs {version('ocifs-mount')}")

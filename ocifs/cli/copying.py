@@ -33,7 +33,7 @@ def cp(choice: Choice, ref: str, path: str, dest: str, *, follow_link: bool, for
     root also owners, setuid bits and devices. The copy appears as a whole or not at all, and nothing that is there is
     replaced unless --force is given. Nothing in the image can lead outside of DEST.
     """
-    from ocifs.cli.unpack import Unpacker  # noqa: PLC0415 (only this command loads ctypes)
+    from ocifs.cli.unpack import Unpacker  # only this command loads ctypes
 
     source = opt.inside(path)
     with opt.opened_view(choice, ref) as (_, view):
@@ -60,7 +60,7 @@ def cp(choice: Choice, ref: str, path: str, dest: str, *, follow_link: bool, for
 
 def _destination(dest: str, source: bytes) -> tuple[bytes, bytes]:
     """The directory to open and the name to make in it. DEST is the user's word: links in it are followed."""
-    from ocifs.cli.unpack import check_name  # noqa: PLC0415
+    from ocifs.cli.unpack import check_name
 
     target = os.fsencode(dest)
     if not target:

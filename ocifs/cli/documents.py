@@ -67,7 +67,7 @@ def _layer_json(blob: LayerBlob, step: History | None) -> dict[str, Any]:
 
 
 def _inspected(image: ResolvedImage) -> dict[str, Any]:
-    import msgspec  # noqa: PLC0415 (loaded by what was called before)
+    import msgspec  # loaded by what was called before
 
     steps = layer_steps(image.config, len(image.layers))
     return {
@@ -112,7 +112,7 @@ def _many(name: str, values: Iterable[str]) -> None:
 
 
 def _words(words: Sequence[str] | None) -> str:
-    import shlex  # noqa: PLC0415
+    import shlex
 
     return "" if words is None else shlex.join(words) or "(empty)"
 
@@ -211,7 +211,7 @@ def inspect(choice: Choice, ref: str, *, as_json: bool) -> None:
 
     Reads documents only, no layer; artifacts that are no root file system are shown too. Warnings go to standard error.
     """
-    from ocifs.image import resolve  # noqa: PLC0415
+    from ocifs.image import resolve
 
     with opt.opened_store(choice) as store, opt.new_progress() as progress:
         resolved = resolve(ref, choice.image_options(), store, progress)
@@ -293,7 +293,7 @@ def layers(choice: Choice, ref: str, *, as_json: bool) -> None:
     Layers that were never seen before are indexed. The layers of an artifact, which are no file systems, are listed as
     its documents describe them.
     """
-    from ocifs.image import open_layers, resolve  # noqa: PLC0415
+    from ocifs.image import open_layers, resolve
 
     options = choice.image_options()
     with opt.opened_store(choice) as store:
@@ -397,7 +397,7 @@ def index(choice: Choice, refs: tuple[str, ...]) -> None:
 
 
 def _indexed(choice: Choice, ref: str) -> list[tuple[str, ...]]:
-    from ocifs.image import open_image  # noqa: PLC0415
+    from ocifs.image import open_image
 
     rows: list[tuple[str, ...]] = []
     with opt.opened_store(choice) as store, opt.new_progress() as progress:

@@ -74,7 +74,7 @@ def mount_helper(
     ocifs mount's options are options of the mount here: -o driver=erofs, layer=3, cache_dir=/srv/cache. The driver is
     fuse unless it is named, so that findmnt shows the source.
     """
-    from ocifs.cli.mounting import mount_on  # noqa: PLC0415
+    from ocifs.cli.mounting import mount_on
 
     try:
         driver, words, choice = _understood(split(groups), choice, sloppy=sloppy)
@@ -94,7 +94,7 @@ def split(groups: tuple[str, ...]) -> list[str]:
 
 def _understood(options: list[str], choice: Choice, *, sloppy: bool) -> tuple[str, list[str], Choice]:
     """Give the driver, mount options and what else was chosen. Raises `UsageError` naming an option that is not known."""
-    from ocifs.driver import DRIVERS, check_options  # noqa: PLC0415
+    from ocifs.driver import DRIVERS, check_options
 
     driver, words, chosen = "fuse", [], dict[str, object]()
     for option in options:
@@ -133,7 +133,7 @@ def _understood(options: list[str], choice: Choice, *, sloppy: bool) -> tuple[st
 @click.option("--force", is_flag=True, help="Replace what is there, whoever put it there.")
 @click.argument("file", default=_WHERE, type=click.Path(dir_okay=False))
 @opt.plain_options
-def install_helper(choice: Choice, file: str, *, remove: bool, force: bool) -> None:  # noqa: ARG001
+def install_helper(choice: Choice, file: str, *, remove: bool, force: bool) -> None:  # noqa: ARG001 (-v has done what it does)
     """Write the program that mount(8) runs for the type fuse.ocifs: two lines that run this very ocifs.
 
     FILE is /sbin/mount.fuse.ocifs, where mount(8) looks. Run it again after ocifs has moved.

@@ -147,7 +147,7 @@ def _print_entries(view: RootFS, entries: Sequence[_Listed], manner: _Manner) ->
 
 def _print_columns(names: Sequence[str]) -> None:
     """Names in as many columns as the terminal has room for, read downwards."""
-    import shutil  # noqa: PLC0415 (only on a terminal)
+    import shutil  # only on a terminal
 
     if not names:
         return

@@ -57,6 +57,14 @@ class Finding(msgspec.Struct, frozen=True):
     needed: bool = False
 
 
+def _there(name: str, purpose: str, detail: str, *, needed: bool = False) -> Finding:
+    return Finding(name, ok=True, purpose=purpose, detail=detail, needed=needed)
+
+
+def _lacking(name: str, purpose: str, detail: str, advice: str, *, needed: bool = False) -> Finding:
+    return Finding(name, ok=False, purpose=purpose, detail=detail, advice=advice, needed=needed)
+
+
 @click.command(epilog=opt.examples("ocifs doctor", "ocifs doctor --json | jq -r 'select(.ok | not) | .advice'"))
 @opt.json_lines_option
 @opt.cache_options
@@ -104,24 +112,24 @@ def _python() -> Finding:
 
 
 def _package(name: str, purpose: str, *, needed: bool) -> Finding:
-    from importlib import import_module  # noqa: PLC0415
-    from importlib.metadata import PackageNotFoundError, version  # noqa: PLC0415
+    from importlib import import_module
+    from importlib.metadata import PackageNotFoundError, version
 
     try:
         import_module(name)
     except ImportError as error:
         what = "'ocifs-mount[fuse]', after the packages fuse3, libfuse3-dev, pkg-config and gcc"
         extra = what if name == "pyfuse3" else name
-        return Finding(name, False, purpose, str(error), f"pip install {extra}", needed)  # noqa: FBT003
+        return _lacking(name, purpose, str(error), f"pip install {extra}", needed=needed)
     try:
         found = version(name)
     except PackageNotFoundError:
         found = "of unknown version"
-    return Finding(name, True, purpose, found, needed=needed)  # noqa: FBT003
+    return _there(name, purpose, found, needed=needed)
 
 
 def _cache(choice: Choice) -> Finding:
-    from ocifs.store import Kind  # noqa: PLC0415
+    from ocifs.store import Kind
 
     name, purpose = "cache", "keeping indexes"
     try:
@@ -131,15 +139,15 @@ def _cache(choice: Choice) -> Finding:
             with store.new(Kind.LAYER) as new:
                 new.file.write(b"written, and removed again")
     except OcifsError as error:
-        return Finding(name, False, purpose, "unusable", str(error), needed=True)  # noqa: FBT003
+        return _lacking(name, purpose, "unusable", str(error), needed=True)
     disk = os.statvfs(path)
     free = output.human_size(disk.f_bavail * disk.f_frsize)
     detail = f"{path} ({_file_system(path)}), {output.human_size(size)} used, {free} free"
-    return Finding(name, True, purpose, detail, needed=True)  # noqa: FBT003
+    return _there(name, purpose, detail, needed=True)
 
 
 def _file_system(path: Path) -> str:
-    from ocifs.mountinfo import mount_holding  # noqa: PLC0415
+    from ocifs.mountinfo import mount_holding
 
     there = mount_holding(path)
     return there.fs_type if there is not None else "unknown"
@@ -151,11 +159,11 @@ def _fuse_device() -> Finding:
         os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
     except FileNotFoundError:
         advice = "modprobe fuse; in a container: start it with --device /dev/fuse --cap-add SYS_ADMIN"
-        return Finding(name, False, purpose, "not there", advice)  # noqa: FBT003
+        return _lacking(name, purpose, "not there", advice)
     except OSError as error:
         advice = "become root, or ask for permission on /dev/fuse; in a container: start it with --device /dev/fuse"
-        return Finding(name, False, purpose, str(error.strerror), advice)  # noqa: FBT003
-    return Finding(name, True, purpose, "can be opened")  # noqa: FBT003
+        return _lacking(name, purpose, str(error.strerror), advice)
+    return _there(name, purpose, "can be opened")
 
 
 def _fusermount() -> Finding:
@@ -169,19 +177,19 @@ def _allow_other() -> Finding:
     with contextlib.suppress(OSError):
         lines = Path("/etc/fuse.conf").read_text(encoding="utf-8", errors="replace").splitlines()
         if "user_allow_other" in (line.strip() for line in lines):
-            return Finding(name, True, purpose, "set in /etc/fuse.conf")  # noqa: FBT003
+            return _there(name, purpose, "set in /etc/fuse.conf")
     advice = "as root, add a line user_allow_other to /etc/fuse.conf"
-    return Finding(name, False, purpose, "not set in /etc/fuse.conf", advice)  # noqa: FBT003
+    return _lacking(name, purpose, "not set in /etc/fuse.conf", advice)
 
 
 def _runtime() -> Finding:
-    from ocifs.daemon import runtime_dir  # noqa: PLC0415
+    from ocifs.daemon import runtime_dir
 
     name, purpose = "runtime directory", "mounting"
     try:
-        return Finding(name, True, purpose, str(runtime_dir()))  # noqa: FBT003
+        return _there(name, purpose, str(runtime_dir()))
     except OcifsError as error:
-        return Finding(name, False, purpose, "unusable", str(error))  # noqa: FBT003
+        return _lacking(name, purpose, "unusable", str(error))
 
 
 def _privileges() -> Finding:
@@ -228,54 +236,54 @@ def _has_file_system(name: str) -> str:
 
 
 def _erofs() -> Finding:
-    from ocifs.driver import EROFS_SINCE  # noqa: PLC0415 (only doctor asks)
+    from ocifs.driver import EROFS_SINCE  # only doctor asks
 
     name, purpose = "EROFS from a file", "mounting with the kernel's own driver"
     how, release = _has_file_system("erofs"), _release()
     wanted = ".".join(map(str, EROFS_SINCE))
     if release < EROFS_SINCE:
-        return Finding(name, False, purpose, f"Linux {platform.release()}", f"needs Linux {wanted} or newer")  # noqa: FBT003
+        return _lacking(name, purpose, f"Linux {platform.release()}", f"needs Linux {wanted} or newer")
     if not how:
         advice = "needs a kernel with CONFIG_EROFS_FS; modprobe erofs if it is a module"
-        return Finding(name, False, purpose, "the kernel has no EROFS", advice)  # noqa: FBT003
+        return _lacking(name, purpose, "the kernel has no EROFS", advice)
     setting = _kernel_setting("CONFIG_EROFS_FS_BACKED_BY_FILE")
     if setting == "n":
-        return Finding(name, False, purpose, "switched off", "needs CONFIG_EROFS_FS_BACKED_BY_FILE")  # noqa: FBT003
+        return _lacking(name, purpose, "switched off", "needs CONFIG_EROFS_FS_BACKED_BY_FILE")
     if os.geteuid() != 0:
-        return Finding(name, False, purpose, how, "run as root")  # noqa: FBT003
+        return _lacking(name, purpose, how, "run as root")
     return _erofs_tried(name, purpose, how)
 
 
 def _erofs_tried(name: str, purpose: str, how: str) -> Finding:
     """Say what happened when it was tried on this kernel, once per boot: a failing device must not read as zeros."""
-    from ocifs.daemon import runtime_dir  # noqa: PLC0415
-    from ocifs.driver import erofs_verdict  # noqa: PLC0415
+    from ocifs.daemon import runtime_dir
+    from ocifs.driver import erofs_verdict
 
     try:
         verdict = erofs_verdict(runtime_dir())
     except OcifsError as error:
-        return Finding(name, False, purpose, "could not be tried", str(error))  # noqa: FBT003
+        return _lacking(name, purpose, "could not be tried", str(error))
     if not verdict.works:
         advice = f"mounting falls back to the fuse driver: {verdict.reason}"
-        return Finding(name, False, purpose, f"{how}, but of no use", advice)  # noqa: FBT003
-    return Finding(name, True, purpose, f"{how}, and answers errors as it should")  # noqa: FBT003
+        return _lacking(name, purpose, f"{how}, but of no use", advice)
+    return _there(name, purpose, f"{how}, and answers errors as it should")
 
 
 def _default_driver() -> Finding:
-    from ocifs import daemon, driver  # noqa: PLC0415
+    from ocifs import daemon, driver
 
     name, purpose = "driver", "mounting, unless --driver says otherwise"
     try:
         daemon.check_machine()
         used, reason = driver.choose("auto", options=(), examining=False, runtime=daemon.runtime_dir())
     except OcifsError as error:
-        return Finding(name, False, purpose, "none", str(error))  # noqa: FBT003
-    return Finding(name, True, purpose, f"{used}: {reason}" if reason else used)  # noqa: FBT003
+        return _lacking(name, purpose, "none", str(error))
+    return _there(name, purpose, f"{used}: {reason}" if reason else used)
 
 
 def _kernel_setting(name: str) -> str:
     """``y``, ``m`` or ``n`` as the kernel was configured; empty if it does not say."""
-    import gzip  # noqa: PLC0415 (only here)
+    import gzip  # only here
 
     readers: dict[Path, Callable[[Path], bytes]] = {
         Path("/proc/config.gz"): lambda path: gzip.decompress(path.read_bytes()),

@@ -26,7 +26,7 @@ _DRIVERS: Final = ("auto", "erofs", "fuse")
 
 
 def _complete_mountpoint(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    from ocifs.cli.shell import complete_mountpoint  # noqa: PLC0415 (only a shell asks)
+    from ocifs.cli.shell import complete_mountpoint  # only a shell asks
 
     return complete_mountpoint(incomplete)
 
@@ -73,7 +73,7 @@ def mount_on(
     """Mount as the options say. Wrong words are refused before anything else is done."""
     wanted = choice.image_options()
     cache_bytes = choice.cache_bytes()
-    from ocifs.mount import reserve  # noqa: PLC0415 (only what mounts loads FUSE)
+    from ocifs.mount import reserve  # only what mounts loads FUSE
 
     examining = wanted.examine or wanted.layer is not None
     with (
@@ -91,7 +91,7 @@ def mount_on(
 @opt.plain_options
 def umount(choice: Choice, directories: tuple[str, ...], *, lazy: bool, dead: bool) -> None:  # noqa: ARG001 (-v has done what it does)
     """Unmount what ocifs mounted, and return when its daemon is gone. Cleans up after a daemon that was killed."""
-    from ocifs import daemon  # noqa: PLC0415
+    from ocifs import daemon
 
     def end(directory: str) -> None:
         if dead:
@@ -111,7 +111,7 @@ def ps(choice: Choice, *, as_json: bool) -> None:  # noqa: ARG001 (-v has done w
     STATE is live; detached: unmounted lazily, or to be seen in another mount namespace only, and served on for whoever
     still uses it; or dead: its daemon was killed, and 'ocifs umount' or the next mount there cleans up.
     """
-    from ocifs import daemon  # noqa: PLC0415
+    from ocifs import daemon
 
     listed = daemon.records()
     if as_json:
@@ -149,7 +149,7 @@ def stat_mount(choice: Choice, directory: str, *, as_json: bool) -> None:  # noq
 
     SIGUSR1 makes the daemon write the same into its log.
     """
-    from ocifs import daemon  # noqa: PLC0415
+    from ocifs import daemon
 
     record, statistics = daemon.statistics_at(Path(directory))
     if as_json:

@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 import click
 
@@ -58,8 +58,8 @@ class Choice:
 
     def image_options(self) -> ImageOptions:
         """What the image room is to be told. Raises `UsageError` for a platform that is none."""
-        from ocifs.image import ImageOptions  # noqa: PLC0415 (loads most of ocifs: only once a command runs)
-        from ocifs.spec import Platform  # noqa: PLC0415
+        from ocifs.image import ImageOptions  # loads most of ocifs: only once a command runs
+        from ocifs.spec import Platform
 
         if self.layer is not None and self.upto is not None:
             raise UsageError("--layer shows one layer alone and --upto the first ones together: give one of them")
@@ -77,7 +77,7 @@ class Choice:
 
     def store(self) -> Store:
         """Open the cache. The caller closes it."""
-        from ocifs.store import Store  # noqa: PLC0415
+        from ocifs.store import Store
 
         if self.cache_dir == "":
             raise UsageError("the cache directory is empty: check --cache-dir and OCIFS_CACHE_DIR")
@@ -85,7 +85,7 @@ class Choice:
 
     def cache_bytes(self) -> int:
         """Bytes of decoded data to keep in memory."""
-        from ocifs.spans import DEFAULT_CACHE  # noqa: PLC0415
+        from ocifs.spans import DEFAULT_CACHE
 
         return DEFAULT_CACHE if self.cache_memory is None else parse_size(self.cache_memory, "--cache-memory")
 
@@ -95,7 +95,7 @@ class Choice:
 
 def _be_verbose(_: click.Context, __: click.Parameter, value: int) -> int:
     if value:
-        import logging  # noqa: PLC0415
+        import logging
 
         logging.basicConfig(format="ocifs: %(message)s")
         logging.getLogger("ocifs").setLevel(logging.DEBUG if value > 1 else logging.INFO)
@@ -161,7 +161,7 @@ def _declared(groups: Sequence[Sequence[Callable[[_F], _F]]]) -> Callable[[_F], 
         decorated: Any = command
         for option in reversed([option for group in groups for option in group]):
             decorated = option(decorated)
-        return decorated  # type: ignore[no-any-return]
+        return cast("_F", decorated)
 
     return decorate
 
@@ -226,7 +226,7 @@ def parse_size(text: str, option: str) -> int:
 
 
 def _complete_ref(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    from ocifs.cli.shell import complete_reference  # noqa: PLC0415 (only a shell asks)
+    from ocifs.cli.shell import complete_reference  # only a shell asks
 
     return complete_reference(incomplete)
 
@@ -262,8 +262,8 @@ def opened_image(
 
     ``options`` are used instead of those that ``choice`` says.
     """
-    from ocifs.cli.progress import showing  # noqa: PLC0415
-    from ocifs.image import open_image  # noqa: PLC0415
+    from ocifs.cli.progress import showing
+    from ocifs.image import open_image
 
     options = options or choice.image_options()
     with contextlib.ExitStack() as stack:
@@ -279,8 +279,8 @@ def opened_image(
 @contextlib.contextmanager
 def opened_view(choice: Choice, ref: str) -> Iterator[tuple[Image, RootFS]]:
     """The image and the view of it that paths are looked up in."""
-    from ocifs.rootfs import view  # noqa: PLC0415
-    from ocifs.spans import SpanCache  # noqa: PLC0415
+    from ocifs.rootfs import view
+    from ocifs.spans import SpanCache
 
     cache = SpanCache(choice.cache_bytes())
     with opened_image(choice, ref) as image:
@@ -289,7 +289,7 @@ def opened_view(choice: Choice, ref: str) -> Iterator[tuple[Image, RootFS]]:
 
 def new_progress() -> contextlib.AbstractContextManager[Progress]:
     """See `ocifs.cli.progress.showing`."""
-    from ocifs.cli.progress import showing  # noqa: PLC0415
+    from ocifs.cli.progress import showing
 
     return showing()
 
@@ -354,7 +354,7 @@ def find(view: RootFS, path: bytes, *, follow: bool = True) -> int:
 
 def _nearest(view: RootFS, path: bytes) -> str:
     """Say how far a path leads, and what there has a similar name."""
-    from ocifs.tree import Kind  # noqa: PLC0415
+    from ocifs.tree import Kind
 
     parts = [part for part in path.split(b"/") if part]
     for count in range(len(parts) - 1, -1, -1):
@@ -365,8 +365,8 @@ def _nearest(view: RootFS, path: bytes) -> str:
             continue
         if view.inode(ino).kind is not Kind.DIR:
             return f"; {decode(parent)} is not a directory"
-        import difflib  # noqa: PLC0415 (only on a mistake)
-        from itertools import islice  # noqa: PLC0415
+        import difflib  # only on a mistake
+        from itertools import islice
 
         # Enough to find a slip of the finger, and not slow in a directory with a million names.
         names = [decode(name) for name, *_ in islice(view.readdir(ino), 5000)]

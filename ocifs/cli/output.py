@@ -14,7 +14,7 @@ import os
 import sys
 import unicodedata
 from collections.abc import Sequence
-from typing import Any, BinaryIO, Final
+from typing import BinaryIO, Final
 
 from ocifs.errors import MachineError
 
@@ -65,16 +65,16 @@ def print_line(text: str) -> None:
     write(encode(text) + b"\n")
 
 
-def print_json(value: Any) -> None:  # noqa: ANN401 (whatever JSON can say)
+def print_json(value: object) -> None:
     """Write one value as one line of ASCII JSON."""
-    import json  # noqa: PLC0415 (only the commands that print JSON pay for it)
+    import json  # only the commands that print JSON pay for it
 
     write(json.dumps(value, separators=(",", ":")).encode("ascii") + b"\n")
 
 
-def print_document(value: Any) -> None:  # noqa: ANN401
+def print_document(value: object) -> None:
     """Write one value as JSON over several lines, for one object that a person may read."""
-    import json  # noqa: PLC0415
+    import json
 
     write(json.dumps(value, indent=2).encode("ascii") + b"\n")
 
@@ -101,9 +101,9 @@ def _as_error(line: str) -> str:
     """The line with its priority in front if standard error is the system journal."""
     if "JOURNAL_STREAM" not in os.environ:
         return line
-    import logging  # noqa: PLC0415
+    import logging
 
-    from ocifs.daemon.logs import goes_to_journal, with_priority  # noqa: PLC0415 (only what systemd started)
+    from ocifs.daemon.logs import goes_to_journal, with_priority  # only what systemd started
 
     level = logging.WARNING if line.startswith("ocifs: warning:") else logging.ERROR
     return with_priority(line, level) if goes_to_journal() else line
@@ -143,11 +143,9 @@ def printable(text: str) -> str:
 
 def _escaped(character: str) -> str:
     code = ord(character)
-    if character in "\n\t\r":
-        return {"\n": "\\n", "\t": "\\t", "\r": "\\r"}[character]
     if 0xDC80 <= code <= 0xDCFF:  # noqa: PLR2004 (surrogateescape: byte 0xNN as U+DCNN)
         return f"\\x{code - 0xDC00:02x}"
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"  # noqa: PLR2004
+    return character.encode("unicode_escape").decode("ascii")
 
 
 def shown(name: bytes, *, terminal: bool) -> str:
@@ -183,7 +181,7 @@ def human_size(size: int) -> str:
 
 def local_time(seconds: float, *, form: str = "%Y-%m-%d %H:%M") -> str:
     """A time in this machine's zone; one that the C library cannot show as seconds with an ``@``, as date(1) reads it."""
-    import time  # noqa: PLC0415
+    import time
 
     try:
         return time.strftime(form, time.localtime(seconds))

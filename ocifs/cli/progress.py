@@ -97,9 +97,9 @@ class TerminalProgress:
 
 
 def _new_bar() -> Bar:
-    from rich.console import Console  # noqa: PLC0415 (takes 60 ms: only for work that is long anyway)
-    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn  # noqa: PLC0415
-    from rich.progress import Progress as Bar  # noqa: PLC0415
+    from rich.console import Console  # takes 60 ms: only for work that is long anyway
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bar
 
     return Bar(
         TextColumn("{task.description}", markup=False),

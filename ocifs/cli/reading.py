@@ -81,8 +81,8 @@ def blob(choice: Choice, ref: str, which: str) -> None:
     Manifest and configuration are checked against their digests. A layer's or artifact's bytes are checked while they are
     written: a wrong digest shows in the exit status, 4, after the last byte.
     """
-    from ocifs.image import open_source  # noqa: PLC0415
-    from ocifs.sources import stored_pieces  # noqa: PLC0415
+    from ocifs.image import open_source
+    from ocifs.sources import stored_pieces
 
     if output.to_terminal() and which not in ("manifest", "config"):
         raise UsageError("a blob is not written to a terminal: redirect the output")

@@ -30,7 +30,7 @@ _WITH_PATH: Final = ("oci:", "oci-archive:", "docker-archive:", "dir:")
 @click.argument("shell", metavar="bash|zsh|fish", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
     """Print the script that makes a shell complete ocifs commands, options, references and mount points."""
-    from ocifs.cli.commands import ocifs  # noqa: PLC0415 (commands loads this module)
+    from ocifs.cli.commands import ocifs  # commands loads this module
 
     found = get_completion_class(shell)
     if found is None:  # click without one of its three shells
@@ -62,7 +62,7 @@ def complete_reference(incomplete: str) -> list[CompletionItem]:
 
 def _tags(reference: str) -> list[str]:
     """Names of the images at a place; nothing if it cannot be read."""
-    from ocifs.image import ImageOptions, open_source  # noqa: PLC0415
+    from ocifs.image import ImageOptions, open_source
 
     with contextlib.suppress(OcifsError), open_source(reference, ImageOptions(), None) as (_, source):
         return [name for offered in source.names() for name in offered.names]
@@ -71,7 +71,7 @@ def _tags(reference: str) -> list[str]:
 
 def complete_mountpoint(incomplete: str) -> list[CompletionItem]:
     """The directories that something of ocifs is mounted on."""
-    from ocifs.daemon import records  # noqa: PLC0415
+    from ocifs.daemon import records
 
     with contextlib.suppress(OcifsError):
         mountpoints = [one.record.mountpoint for one in records()]

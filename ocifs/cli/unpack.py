@@ -44,6 +44,8 @@ _RENAME_NOREPLACE: Final = 1
 _TREE: Final = b"tree"
 _LINKS: Final = b"links"
 _IDS: Final = stat.S_ISUID | stat.S_ISGID
+_SHOWN: Final = 10
+"""Names that are shown of each end of a long path."""
 
 
 class _Level(NamedTuple):
@@ -280,7 +282,9 @@ class Unpacker:
     # -- failures ------------------------------------------------------------------------------------------------
 
     def _shown(self) -> str:
-        path = self._path if len(self._path) <= 20 else [*self._path[:10], "…".encode(), *self._path[-10:]]  # noqa: PLR2004
+        path = self._path
+        if len(path) > 2 * _SHOWN:
+            path = [*path[:_SHOWN], "…".encode(), *path[-_SHOWN:]]
         return decode(b"/".join(path))
 
     def _leave_out(self, why: str) -> None:
