@@ -11,6 +11,7 @@ Not here: reading tars (`ocifs.tar`), deciding what is written.
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Iterable, Sequence
 from typing import Final
@@ -34,6 +35,7 @@ _TYPES: Final = {
 }
 _HARD_LINK: Final = b"1"
 _NAME_MAX: Final = 100
+_NOT_ASCII: Final = re.compile(rb"[^\x00-\x7f]")
 _MAX_7: Final = 8**7 - 1
 """The largest number in seven octal digits: owners and device numbers."""
 _MAX_11: Final = 8**11 - 1
@@ -214,4 +216,4 @@ def _block(
 
 def _ascii(name: bytes) -> bytes:
     """A name for a field of 100 bytes; where it does not fit a PAX record has it whole."""
-    return name[:_NAME_MAX] if name.isascii() else bytes(byte if byte < 0x80 else 0x5F for byte in name[:_NAME_MAX])  # noqa: PLR2004
+    return _NOT_ASCII.sub(b"_", name[:_NAME_MAX])

@@ -113,7 +113,7 @@ def _subordinate(file: Path, uid: int) -> _Range | None:
         names.add(pwd.getpwuid(uid).pw_name)
     with contextlib.suppress(OSError):
         for line in file.read_text(errors="replace").splitlines():
-            fields = line.split(":")
-            if len(fields) == 3 and fields[0] in names and fields[1].isdecimal() and fields[2].isdecimal():  # noqa: PLR2004
-                return _Range(int(fields[1]), int(fields[2])) if int(fields[2]) else None
+            match line.split(":"):
+                case [name, start, count] if name in names and start.isdecimal() and count.isdecimal():
+                    return _Range(int(start), int(count)) if int(count) else None
     return None

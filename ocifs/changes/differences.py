@@ -55,7 +55,7 @@ def differences(merged: Merged) -> Iterator[Difference]:
             now = _now(merged, step)
             if step.image is None:
                 yield Difference(Sign.ADDED, b"/" + step.path, now.kind)
-            elif changed := _changed(merged, step, now):
+            elif changed := _changed(merged, step, step.image, now):
                 yield Difference(Sign.CHANGED, b"/" + step.path, now.kind, changed)
 
 
@@ -102,11 +102,11 @@ def _of_image(merged: Merged, ino: int) -> _Attributes:
     )
 
 
-def _changed(merged: Merged, step: Present, now: _Attributes) -> tuple[str, ...]:
-    assert step.image is not None  # noqa: S101 (of the caller, not of the data)
-    if step.source == step.image:
+def _changed(merged: Merged, step: Present, image: int, now: _Attributes) -> tuple[str, ...]:
+    """What of a file is not as it is in the image, where its inode is ``image``."""
+    if step.source == image:
         return ()
-    before = _of_image(merged, step.image)
+    before = _of_image(merged, image)
     if now.kind is not before.kind:
         return ("type",)
     found = {
@@ -116,15 +116,14 @@ def _changed(merged: Merged, step: Present, now: _Attributes) -> tuple[str, ...]
         "xattrs": now.xattrs != before.xattrs,
         "target": now.target != before.target,
         "device": now.kind in (Kind.CHAR, Kind.BLOCK) and now.rdev != before.rdev,
-        "content": now.kind is Kind.FILE and (now.size != before.size or not _same_data(merged, step)),
+        "content": now.kind is Kind.FILE and (now.size != before.size or not _same_data(merged, step, image)),
     }
     return tuple(name for name, differs in found.items() if differs)
 
 
-def _same_data(merged: Merged, step: Present) -> bool:
+def _same_data(merged: Merged, step: Present, image: int) -> bool:
     """Whether two files of one size have the same bytes."""
-    view, image = merged.view, step.image
-    assert image is not None  # noqa: S101
+    view = merged.view
     other = step.data if isinstance(step.source, Entry) else step.source
     if other is not None:
         return other == image or all(

@@ -93,12 +93,13 @@ class LayoutWriter:
 
         UsageError for a directory of something else, MachineError for what the system refuses.
         """
-        self._path = path
+        self.path = path
+        """The layout's directory."""
         self._staging = os.path.join(path, _STAGING + secrets.token_hex(8).encode())
         self._staged: dict[Digest, bytes] = {}
-        with self._sentence("make", path):
+        with _sentence("make", path):
             self._made = _make_directory(path)
-        with self._sentence("write to", path), self._locked():
+        with _sentence("write to", path), self._locked():
             if not _is_layout(path) and not all(name.startswith(_STAGING) for name in os.listdir(path)):
                 raise UsageError(f"{shown(path)} is neither an OCI layout nor an empty directory")
             self._sweep()
@@ -110,9 +111,9 @@ class LayoutWriter:
         """Remove what was not published, and a new layout that nothing was published to."""
         shutil.rmtree(self._staging, ignore_errors=True)
         os.close(self._lock)
-        if self._made and not os.path.exists(os.path.join(self._path, _INDEX)):
+        if self._made and not os.path.exists(os.path.join(self.path, _INDEX)):
             with contextlib.suppress(OSError):
-                os.rmdir(self._path)
+                os.rmdir(self.path)
 
     def __enter__(self) -> Self:
         """Nothing to do: it is open already."""
@@ -128,7 +129,7 @@ class LayoutWriter:
     def new_blob(self) -> Iterator[NewBlob]:
         """A blob to be written; it counts once `NewBlob.name` was called."""
         path = os.path.join(self._staging, secrets.token_hex(8).encode())
-        with self._sentence("write", path):
+        with _sentence("write", path):
             file = open(path, "xb", buffering=0)  # noqa: SIM115 (the with statement is below)
         with file:
             yield NewBlob(self, file)
@@ -191,7 +192,7 @@ class LayoutWriter:
         self._staged[digest] = path
 
     def _blob_path(self, digest: Digest) -> bytes:
-        return os.path.join(self._path, _BLOBS, digest.algorithm.encode(), digest.hex.encode())
+        return os.path.join(self.path, _BLOBS, digest.algorithm.encode(), digest.hex.encode())
 
     def _has(self, digest: Digest, size: int) -> bool:
         try:
@@ -204,9 +205,9 @@ class LayoutWriter:
 
     def publish(self, tag: str, descriptor: Json) -> None:
         """Put every blob in its place, then the tag. Nothing but a full disk or a damaged index can fail here."""
-        with self._sentence("write to", self._path), self._locked():
+        with _sentence("write to", self.path), self._locked():
             index = self._index()
-            blobs = os.path.join(self._path, _BLOBS)
+            blobs = os.path.join(self.path, _BLOBS)
             _make_directory(blobs)
             for digest, path in self._staged.items():
                 _make_directory(os.path.dirname(self._blob_path(digest)))
@@ -214,13 +215,13 @@ class LayoutWriter:
             for directory in sorted({os.path.dirname(self._blob_path(digest)) for digest in self._staged}):
                 _sync_directory(directory)
             _sync_directory(blobs)
-            if not os.path.exists(os.path.join(self._path, _MARKER)):
+            if not os.path.exists(os.path.join(self.path, _MARKER)):
                 self._replace(_MARKER, {"imageLayoutVersion": "1.0.0"})
             self._replace(_INDEX, {**index, "manifests": _tagged(index.get("manifests") or [], tag, descriptor)})
 
     def _index(self) -> Json:
         """``index.json`` as it is now; a new one if there is none."""
-        path = os.path.join(self._path, _INDEX)
+        path = os.path.join(self.path, _INDEX)
         try:
             with open(path, "rb") as file:
                 raw = file.read(_MAX_INDEX + 1)
@@ -237,12 +238,12 @@ class LayoutWriter:
             file.write(json.dumps(document, separators=(",", ":")).encode())
             file.flush()
             os.fsync(file.fileno())
-        os.replace(staged, os.path.join(self._path, name))
-        _sync_directory(self._path)
+        os.replace(staged, os.path.join(self.path, name))
+        _sync_directory(self.path)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        fd = os.open(self._path, _DIRECTORY)
+        fd = os.open(self.path, _DIRECTORY)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
             yield
@@ -251,10 +252,10 @@ class LayoutWriter:
 
     def _sweep(self) -> None:
         """Remove what killed processes have left behind."""
-        for name in os.listdir(self._path):
+        for name in os.listdir(self.path):
             if not name.startswith(_STAGING):
                 continue
-            path = os.path.join(self._path, name)
+            path = os.path.join(self.path, name)
             with contextlib.suppress(OSError):  # somebody else is at it, or it is not ours to remove
                 fd = os.open(path, _DIRECTORY | os.O_NOFOLLOW)
                 try:
@@ -262,13 +263,6 @@ class LayoutWriter:
                     shutil.rmtree(path)
                 finally:
                     os.close(fd)
-
-    @contextmanager
-    def _sentence(self, doing: str, path: bytes) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise MachineError(f"cannot {doing} {shown(path)}: {error.strerror}") from error
 
 
 class NewBlob:
@@ -281,16 +275,24 @@ class NewBlob:
 
     def write(self, data: bytes) -> None:
         """Write more bytes; MachineError if they cannot be."""
-        with self._layout._sentence("write", self._layout._path):  # noqa: SLF001 (a part of the layout)
+        with _sentence("write", self._layout.path):
             view = memoryview(data)
             while view:
                 view = view[self._file.write(view) :]
 
     def name(self, digest: Digest) -> None:
         """Say what was written; it is on disk then."""
-        with self._layout._sentence("write", self._layout._path):  # noqa: SLF001
+        with _sentence("write", self._layout.path):
             os.fsync(self._file.fileno())
         self._layout.stage(os.fsencode(self._file.name), digest)
+
+
+@contextmanager
+def _sentence(doing: str, path: bytes) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise MachineError(f"cannot {doing} {shown(path)}: {error.strerror}") from error
 
 
 def _tagged(manifests: list[Json], tag: str, descriptor: Json) -> list[Json]:
