@@ -12,9 +12,11 @@ index      ``layer_index`` ``image_tree``                        the two files w
 merge      ``overlay``                                           every whiteout rule, and nothing else
 bytes      ``sources`` ``store``                                 foreign blobs, read-only; our own cache
 image      ``image`` ``layer_data``                              joins reference, source, indexes and tree
+history    ``history``                                           what every path was in every layer
 spans      ``spans``                                             decoded data: cached, shared, decoded ahead
 view       ``rootfs`` ``devices``                                an image as names and attributes; as device files
 uses       ``fuse`` ``kernel`` ``members`` ``changes``           FUSE; EROFS mounted; tar members; a layer of changes
+examiners  ``forensics``                                         what was deleted, who wrote it, is it what was hashed
 driver     ``driver``                                            how an image reaches the kernel: fuse or erofs
 process    ``daemon`` ``mount``                                  mount life cycle; mounting an image
 container  ``bundle``                                            a directory that runc starts a container from

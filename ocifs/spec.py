@@ -382,6 +382,15 @@ class ImageConfig(msgspec.Struct, frozen=True):
         return None
 
 
+def layer_steps(config: ImageConfig | None, layers: int) -> list[History | None]:
+    """Give the build step that wrote each layer: the history's steps without those that made no layer, in order.
+
+    A history that does not speak of as many layers as there are says nothing certain about any of them.
+    """
+    steps = [step for step in config.history if not step.empty_layer] if config else []
+    return list(steps) if len(steps) == layers else [None] * layers
+
+
 def artifact_kind(manifest: Manifest) -> str | None:
     """Tell a root file system image from an artifact (rule C10): None for an image, else what it is, as a phrase.
 

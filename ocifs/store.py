@@ -12,6 +12,7 @@ Layout, below the cache directory (mode 0700)::
     layers/KEY      layer indexes           (`ocifs.layer_index`)
     reframed/KEY    re-framed copies        (`ocifs.layer_index`): as large as a layer, the first to be evicted
     trees/KEY       image trees             (`ocifs.image_tree`)
+    histories/KEY   images' histories       (`ocifs.history`)
     archives/KEY    what a compressed outer archive hashed to, by file identity (`ocifs.image`)
     locks/KIND.KEY  taken exclusively by the one process that builds an entry
     tmp/            files being written, each locked by its writer
@@ -68,6 +69,7 @@ class Kind(enum.Enum):
     """The kinds of entry; the value is the directory's name. Order is the order of eviction: cheapest to lose first."""
 
     REFRAMED = "reframed"
+    HISTORY = "histories"
     TREE = "trees"
     LAYER = "layers"
     ARCHIVE = "archives"

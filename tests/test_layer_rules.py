@@ -36,6 +36,8 @@ from tests.support.tarball import (
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from ocifs.overlay.upper import Upper
+
 ZERO = (0, 0)
 
 
@@ -1079,6 +1081,9 @@ def test_a_merge_can_stop_after_any_layer_and_an_observer_hears_what_each_takes(
     heard: list[tuple[object, ...]] = []
 
     class Ear:
+        def read(self, upper: Upper) -> None:
+            heard.append(("read", upper.layer, [place and place[1] for place in upper.places or []]))
+
         def removed(self, layer: int, path: bytes, node: Node, by: Origin) -> None:
             heard.append(("removed", layer, path, node.origin, by.entry))
 
@@ -1102,7 +1107,13 @@ def test_a_merge_can_stop_after_any_layer_and_an_observer_hears_what_each_takes(
         ["dir", "dir/x", "keep", "new"],
         ["dir", "dir/y", "dir/y/z", "keep", "new"],
     ]
-    assert heard == [
+    assert [said[2] for said in heard if said[0] == "read"] == [
+        [b"dir", b"old", b"two", b"keep"],
+        [b"", b"new", b".wh.old", b"keep", b".wh.none"],
+        [b"dir", b".wh..wh..opq", b"x"],
+        [b"z", b".wh.dir"],
+    ]
+    assert [said for said in heard if said[0] != "read"] == [
         ("replaced", 2, b"", Origin(1, -1), Origin(2, 0), 0o755, 0o755),
         ("replaced", 2, b"keep", Origin(1, 3), Origin(2, 3), 0o644, 0o644),
         ("removed", 2, b"dir/old", Origin(1, 1), 2),

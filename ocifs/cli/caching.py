@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _MEANING: Final = {
     "layers": "layer indexes",
     "trees": "image trees",
+    "histories": "images' histories",
     "reframed": "re-framed copies",
     "archives": "compressed archives seen",
 }

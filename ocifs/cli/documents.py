@@ -29,15 +29,6 @@ _MAX_COMMAND = 60
 # -- values --------------------------------------------------------------------------------------------------------
 
 
-def layer_steps(config: ImageConfig | None, layers: int) -> list[History | None]:
-    """The build step that wrote each layer: the history's steps without those that made no layer, in order.
-
-    A history that does not speak of as many layers as there are says nothing certain about any of them.
-    """
-    steps = [step for step in config.history if not step.empty_layer] if config else []
-    return list(steps) if len(steps) == layers else [None] * layers
-
-
 def _warning_json(warned: Warned) -> dict[str, Any]:
     return {
         "rule": warned.rule,
@@ -68,6 +59,8 @@ def _layer_json(blob: LayerBlob, step: History | None) -> dict[str, Any]:
 
 def _inspected(image: ResolvedImage) -> dict[str, Any]:
     import msgspec  # loaded by what was called before
+
+    from ocifs.spec import layer_steps
 
     steps = layer_steps(image.config, len(image.layers))
     return {
@@ -160,6 +153,8 @@ def _print_image(image: ResolvedImage) -> None:
     if image.manifest:
         _many("Annotations:", (f"{name}={value}" for name, value in image.manifest.annotations.items()))
     output.print_line("")
+    from ocifs.spec import layer_steps
+
     steps = layer_steps(image.config, len(image.layers))
     output.print_table(
         ("LAYER", "SIZE", "DIGEST", "CREATED BY"),
@@ -266,6 +261,8 @@ _UNREAD: dict[str, Any] = {
 
 def _layers_json(resolved: Resolved, opened: dict[int, OpenLayer]) -> list[dict[str, Any]]:
     image = resolved.image
+    from ocifs.spec import layer_steps
+
     steps = layer_steps(image.config, len(image.layers))
     return [
         {**_layer_json(blob, step), **(_index_json(opened[blob.number]) if blob.number in opened else _UNREAD)}

@@ -99,6 +99,9 @@ class Observer(Protocol):
     everything in it. Not reported: names that are new, and attributes that a hard link gives to a lower file (H7).
     """
 
+    def read(self, upper: Upper) -> None:
+        """A layer was read, and will be put onto the lower tree next. ``upper.places`` are there."""
+
     def removed(self, layer: int, path: bytes, node: Node, by: Origin) -> None:
         """``node`` is hidden by the entry ``by``: a whiteout of its name, or the opaque marker of its directory."""
 
@@ -138,7 +141,9 @@ class Merge:
         if not self._applied:
             self.tree.root.origin = Origin(layer.number, -1)
         self._applied += 1
-        upper = Upper(layer, self.tree, self.options)
+        upper = Upper(layer, self.tree, self.options, places=self._observer is not None)
         upper.read(layer)
         upper.finish()
+        if self._observer is not None:
+            self._observer.read(upper)
         combine(self.tree.root, upper, self._observer)

@@ -82,14 +82,21 @@ class _Waiting:
 class Upper:
     """One layer while it is read."""
 
-    def __init__(self, layer: LayerInput, tree: Tree, options: MergeOptions) -> None:
-        """Begin with an empty root; ``tree`` is the lower, whose warnings go on."""
+    def __init__(self, layer: LayerInput, tree: Tree, options: MergeOptions, *, places: bool = False) -> None:
+        """Begin with an empty root; ``tree`` is the lower, whose warnings go on. ``places`` asks for `places`."""
         self.layer = layer.number
         self.options = options
         self.root = Node(Kind.DIR, Origin(layer.number, IMPLIED), children={})
         self.whiteouts: dict[Node, dict[bytes, Numbered]] = {}
         """Names that a directory's whiteouts hide."""
         self.opaque: dict[Node, Numbered] = {}
+        self.places: list[tuple[Node, bytes] | None] | None = [] if places else None
+        """For each entry the directory and the name that it went to, also if something took that place later; None where
+        it went nowhere. The root's name is empty."""
+        self.linked: dict[int, Node] = {}
+        """With `places`, what each hard link led to when it was read, by its number."""
+        self.parents: dict[Node, tuple[Node, bytes]] = {}
+        """With `places`, the directory and the name of each directory but the root, also of those replaced later."""
         self._lower = tree.root
         self._warnings = tree.warnings
         self._warned: dict[str, int] = {}
@@ -128,7 +135,7 @@ class Upper:
 
     # --- the stream -------------------------------------------------------------------------------------------------
 
-    def read(self, layer: LayerInput) -> None:
+    def read(self, layer: LayerInput) -> None:  # noqa: C901, PLR0912 (see the next comment)
         """Apply the layer's entries."""
         # One long function: a million turns, and each further call would cost as much as three of its lines.
         for notice in layer.notices:
@@ -142,9 +149,12 @@ class Upper:
             self._warn(layer.damage.rule, b"", layer.damage.message)
         number_of_layer = self.layer
         directories = self._directories
+        places = self.places
         node = self.root
         for number, entry in enumerate(layer.entries):
             path = entry.path
+            if places is not None:
+                places.append(None)
             head, _, name = (path[:-1] if path[-1:] == b"/" else path).rpartition(b"/")
             parent = directories.get(head)
             if (
@@ -160,6 +170,8 @@ class Upper:
                 parent, name = where
             siblings = children_of(parent)
             kind = entry.type
+            if places is not None and kind != EntryType.OTHER:
+                places[-1] = parent, name
             if kind == EntryType.FILE and entry.sparse is None and not entry.xattrs:
                 size = entry.size
                 node = Node(
@@ -184,6 +196,8 @@ class Upper:
                 node = self._make(Numbered(number, entry))
                 if node.kind is Kind.CHAR and node.rdev == WHITEOUT_DEVICE:
                     self._devices.append((parent, name, node, Numbered(number, entry)))
+                if places is not None and kind == EntryType.DIR:
+                    self.parents[node] = parent, name
             if name in siblings:
                 self._replace(parent, name, node, path)
             else:
@@ -210,6 +224,7 @@ class Upper:
             self._warn("T13", path, "the path leads out of the root and is clamped to it")
         if not names:
             if entry.type == EntryType.DIR:
+                self._place(self.root, b"")
                 self._name_directory(self.root, Numbered(number, entry))
             else:
                 self._refuse("T14", entry, "the root would not be a directory")
@@ -250,6 +265,7 @@ class Upper:
 
     def _mark(self, directory: Node, name: bytes, marker: Numbered) -> None:
         """Note a whiteout (W1) or an opaque marker (W11) beside its directory."""
+        self._place(directory, name)
         if name == OPAQUE:
             again = directory in self.opaque
             self.opaque[directory] = marker
@@ -261,6 +277,11 @@ class Upper:
             hidden[name[len(WHITEOUT) :]] = marker
         if again:
             self._warn("T5", marker.entry.path, _AGAIN)
+
+    def _place(self, directory: Node, name: bytes) -> None:
+        """Note where the current entry went."""
+        if self.places is not None:
+            self.places[-1] = directory, name
 
     def _name_directory(self, directory: Node, header: Numbered) -> None:
         """Give a directory of this layer, implied or not, the attributes of its entry (T5, T14)."""
@@ -343,6 +364,8 @@ class Upper:
         if self._implied > IMPLIED_MAX:
             raise self._error("L5", entry, f"the layer asks for over {IMPLIED_MAX} directories that no entry names")
         directory = Node(Kind.DIR, Origin(self.layer, IMPLIED), children={})
+        if self.places is not None:
+            self.parents[directory] = parent, name
         siblings = children_of(parent)
         if name in siblings:
             self._replace(parent, name, directory, entry.path)
@@ -434,6 +457,8 @@ class Upper:
                 self._borrowed.append((found.borrowed, entry))
             if node.kind is Kind.CHAR and node.rdev == WHITEOUT_DEVICE:
                 self._devices.append((parent, name, node, header))
+        if self.places is not None:
+            self.linked[header.number] = node
         waiting = self._waiting.get(node)
         if waiting is not None:
             waiting.names.append((parent, name))
