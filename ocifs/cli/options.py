@@ -134,11 +134,14 @@ _EXAMINE: Final = (
     click.option("--examine", is_flag=True, help="Warn about what breaks a rule or a digest instead of refusing it."),
 )
 _UPTO: Final = (click.option("--upto", metavar="N", type=int, help="Only the first N layers."),)
+_DIRLINKS: Final = (
+    click.option("--follow-dirlinks", is_flag=True, help="Follow a lower layer's link to a directory, as umoci does."),
+)
 _TREE: Final = (
     *_UPTO,
     click.option("--layer", metavar="N", type=int, help="Layer N alone, its whiteouts as empty files .wh.*."),
     click.option("--show-whiteout-devices", is_flag=True, help="Show character devices 0:0 instead of obeying them."),
-    click.option("--follow-dirlinks", is_flag=True, help="Follow a lower layer's link to a directory, as umoci does."),
+    *_DIRLINKS,
     click.option("--all-xattrs", is_flag=True, help="Show attributes that are usually hidden, as security.selinux."),
 )
 _MEMORY: Final = (
@@ -194,6 +197,11 @@ def tree_options(function: _F) -> _F:
 def data_options(function: _F) -> _F:
     """Options of commands that read files' data."""
     return _declared((_SOURCE, _TREE, _EXAMINE, _MEMORY, _CACHE))(function)
+
+
+def examination_options(function: _F) -> _F:
+    """Options of commands that look at every layer of an image: they examine anyhow."""
+    return _declared((_SOURCE, _UPTO, _DIRLINKS, _MEMORY, _CACHE))(function)
 
 
 def container_options(function: _F) -> _F:
