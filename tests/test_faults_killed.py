@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import os
 import select
+import signal
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +29,7 @@ from tests.support.mounting import (
     force_away,
     in_mountinfo,
     mounted,
+    ocifs,
     patched,
     record_of,
     run,
@@ -181,3 +183,116 @@ def test_a_decode_thread_that_raises_costs_its_reader_an_eio_and_nobody_else_any
         fail.unlink()
         assert agent("sha256", mount.at("large")) == SUM
         assert agent("read", mount.at("file"), 0, 100) == SMALL.hex()
+
+
+# -- ending while somebody waits for data ------------------------------------------------------------------------------
+
+HANGING = """
+import os, threading
+from ocifs.driver import session
+from ocifs.layer_data import LayerData
+def hanging(*_):
+    os.write(os.open(os.environ["TOLD"], os.O_WRONLY), b".")
+    threading.Event().wait()
+LayerData.begin = hanging
+session.GRACE = 0.1
+"""
+"""Has every decode say that it is under way and then take for ever, as a read from a server that is gone does."""
+
+SLOW = """
+import os, threading, pyfuse3
+from ocifs.layer_data import LayerData
+begin, terminate, terminated = LayerData.begin, pyfuse3.terminate, threading.Event()
+def slow(*words):
+    os.write(os.open(os.environ["TOLD"], os.O_WRONLY), b".")
+    terminated.wait()
+    return begin(*words)
+def terminating():
+    terminate()
+    terminated.set()
+LayerData.begin, pyfuse3.terminate = slow, terminating
+"""
+"""Has every decode say that it is under way and then wait until the session is ending."""
+
+GONE = {"EIO", "ENOTCONN", "ECONNABORTED"}
+"""What readers get whose request is dropped: FUSE itself answers the last two, EROFS, whose files are on FUSE, any."""
+
+
+def wait_for_decode(told: int) -> None:
+    assert select.select([told], [], [], LIMIT)[0], "nobody asked the daemon for data"
+    assert os.read(told, 1) == b"."
+
+
+@pytest.mark.parametrize("ending", ["SIGTERM", "umount"])
+def test_decodes_that_hang_do_not_keep_a_mount_from_ending(
+    image: str, tmp_path: Path, driver: str, ending: str
+) -> None:
+    env, cache = {"TOLD": str(tmp_path / "told")}, tmp_path / "cache"
+    with (
+        fifo(tmp_path / "told") as told,
+        mounted(image, tmp_path / "mnt", driver=driver, cache=cache, env=env, code=HANGING, ended=True) as mount,
+    ):
+        readers = []
+        for offset in (0, 6 << 20):  # two, as many as there are threads
+            readers.append(start("read", mount.at("large"), offset, 4096))
+            wait_for_decode(told)
+        if ending == "umount":
+            assert ocifs("umount", "--lazy", mount.path).returncode == 0
+            for reader in readers:
+                reader.kill()
+                reader.communicate(timeout=LIMIT)
+        else:
+            mount.process.signal(signal.SIGTERM)
+            for reader in readers:
+                assert answer(reader) in GONE
+        assert mount.process.gone(), "it waits for a thread that does not end"
+        assert not in_mountinfo(mount.path)
+        assert record_of(mount.path) is None
+        assert not mount.log.exists(), "the log is kept if the daemon failed"
+
+
+def test_a_decode_that_hangs_does_not_keep_a_process_in_the_foreground(image: str, tmp_path: Path, driver: str) -> None:
+    """Unlike a daemon in the background it ends as a Python program does, which waits for threads of some kinds."""
+    path = tmp_path / "mnt"
+    path.mkdir()
+    options = ["--foreground", "-v", "--driver", driver, "--cache-dir", str(tmp_path / "cache")]
+    with fifo(tmp_path / "told") as told:
+        process = subprocess.Popen(
+            patched(HANGING, "mount", *options, image, path),
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment({"TOLD": str(tmp_path / "told")}),
+        )
+        assert process.stderr is not None
+        try:
+            while "is mounted on" not in (line := process.stderr.readline()):
+                assert line, "it ended"
+            reader = start("read", f"{path}/large", 0, 4096)
+            wait_for_decode(told)
+            process.terminate()
+            assert answer(reader) in GONE
+            said = process.communicate(timeout=LIMIT)[1]
+            assert process.returncode == 0, said
+            assert "ending without an answer for who waits for data" in said
+            assert not in_mountinfo(path)
+        finally:
+            process.kill()
+            process.wait(LIMIT)
+            force_away(path)
+
+
+def test_who_waits_for_data_when_a_signal_ends_the_mount_gets_it(image: str, tmp_path: Path, driver: str) -> None:
+    env, cache = {"TOLD": str(tmp_path / "told")}, tmp_path / "cache"
+    with (
+        fifo(tmp_path / "told") as told,
+        mounted(image, tmp_path / "mnt", driver=driver, cache=cache, env=env, code=SLOW, ended=True) as mount,
+    ):
+        reader = start("hold", mount.at("file"))  # which does not close it: that would be one more request
+        assert reader.stdin is not None
+        reader.stdin.close()
+        reader.stdin = None
+        wait_for_decode(told)
+        mount.process.signal(signal.SIGTERM)
+        assert answer(reader) == hashlib.sha256(SMALL).hexdigest()
+        assert mount.process.gone()
+        assert not in_mountinfo(mount.path)

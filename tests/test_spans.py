@@ -378,31 +378,58 @@ def test_a_first_reader_that_is_cancelled_while_it_waits_for_a_thread_hangs_nobo
     assert [span for span, _ in index.decoded] == [2, 0]
 
 
-def test_a_reader_that_is_cancelled_while_its_span_decodes_leaves_it_to_the_others() -> None:
-    index, data = layer(1000)
-    index.held[0] = threading.Event()
+def test_a_reader_that_is_cancelled_waits_for_no_thread_and_the_others_begin_anew() -> None:
+    index, data = layer(LARGE)
     reader = SpanReader([data])
+    got, read = recording(reader)
+    hanging = threading.Event()
+
+    async def test() -> None:
+        async with trio.open_nursery() as nursery:
+            await read(0)  # the span is decoded in part, and its decoder is what the thread below works with
+            index.held[0] = hanging
+            with trio.CancelScope() as scope:
+                async with trio.open_nursery() as inner:
+                    inner.start_soon(read, LARGE - 10)
+                    await index.until_started(2)
+                    nursery.start_soon(read, LARGE - 20)
+                    await trio.testing.wait_all_tasks_blocked()
+                    del index.held[0]
+                    scope.cancel()
+            await index.until_started()
+            await settle(reader)
+            assert got == [index.data[:10], index.data[-20:-10]]
+            hanging.set()
+            while index.running:
+                await trio.testing.wait_all_tasks_blocked(0.001)
+            assert joined(await reader.read(1, 0, LARGE)) == index.data
+
+    run(test)
+    assert index.decoded == [(0, (0, 10 + SLACK)), (0, (10 + SLACK, LARGE)), (0, None)]
+    assert (reader.cache.size, reader.decoded_spans, reader.decoded_bytes) == (LARGE, 2, 10 + SLACK + LARGE)
+
+
+def test_a_thread_that_was_left_alone_counts_until_it_ends() -> None:
+    index, data = layer(100, 100)
+    index.held[0] = threading.Event()
+    reader = SpanReader([data], threads=1)
     got, read = recording(reader)
 
     async def test() -> None:
         async with trio.open_nursery() as nursery:
-            scope = trio.CancelScope()
-
-            async def doomed() -> None:
-                with scope:
-                    await read(0)
-
-            nursery.start_soon(doomed)
-            await index.until_started()
-            nursery.start_soon(read, 5)
+            with trio.CancelScope() as scope:
+                async with trio.open_nursery() as inner:
+                    inner.start_soon(read, 0)
+                    await index.until_started()
+                    scope.cancel()
+            nursery.start_soon(read, 100)
             await trio.testing.wait_all_tasks_blocked()
-            scope.cancel()
+            assert [span for span, _ in index.decoded] == [0]
             index.held[0].set()
 
     run(test)
-    assert index.data[5:15] in got
-    assert len(index.decoded) == 1
-    assert not reader.decoding()
+    assert got == [index.data[100:110]]
+    assert (index.most, reader.cache.size) == (1, 100)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -733,6 +760,7 @@ def test_what_is_decoded_ahead_goes_on_from_where_it_stopped() -> None:
         assert sorted(index.decoded[2:], key=str) == [(1, None), (2, (10 + SLACK, LARGE))]
         assert joined(await reader.read(1, 2 * LARGE, LARGE)) == index.data[2 * LARGE : 3 * LARGE]
         assert len([span for span, _ in index.decoded if span == 2]) == 2
+        await settle(reader)
 
     run(test)
     assert (reader.decoded_spans, reader.ahead_spans) == (4, 1)  # the fourth is ahead of who read the third
@@ -814,15 +842,19 @@ def test_who_comes_for_a_thread_before_what_is_ahead_begins_gets_it() -> None:
     assert spans_decoded(one) == [0, 1]
 
 
-def test_ending_the_loop_while_something_is_decoded_ahead_is_quiet() -> None:
+def test_ending_the_loop_waits_for_nothing_that_is_decoded_ahead(caplog: pytest.LogCaptureFixture) -> None:
     index, data = layer(*[100] * 4)
+    index.held[2] = threading.Event()
     reader = SpanReader([data])
 
     async def test() -> None:
         with trio.fail_after(SECONDS):
             await reader.read(1, 0, 10)
             await reader.read(1, 100, 10)
+            await index.until_started(3)
 
-    trio.run(test)
+    with no_warnings_logged(caplog):
+        trio.run(test)
     assert not reader.decoding()
-    assert index.running == 0
+    assert index.running == 1
+    index.held[2].set()

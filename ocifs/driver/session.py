@@ -36,6 +36,9 @@ _asked_log.setLevel(logging.INFO)  # somebody asked for it, whatever -v says
 READAHEAD = 1024
 """KiB that the kernel may read ahead on our mounts, where we may say so: 1 MiB, the largest FUSE request. Default: 128."""
 
+GRACE = 5.0
+"""Seconds in which a session that was asked to end still answers who waits for data; no disk that works takes so long."""
+
 
 class Waits:
     """What happens when the loop waits for requests: it spins first, if that pays, and it bounds a read that would hang.
@@ -146,6 +149,10 @@ class Session:
     ``begin`` runs once requests are served; what it raises ends the session and is raised by `run`. ``end`` runs when a
     signal asks us to go, or ``begin`` has failed, before the session is closed. ``decoding`` says whether worker threads
     have work. SIGUSR1 logs what ``statistics`` gives.
+
+    What cannot be read keeps no session from ending. A signal leaves requests that are under way `GRACE` to be answered;
+    when the mount is gone nobody waits for an answer. Then the rest are dropped, and with them threads that may read from
+    a server which is gone (`ocifs.spans`): the kernel gives readers an error, and threads end with the process.
     """
 
     def __init__(
@@ -216,20 +223,20 @@ class Session:
         import trio  # noqa: PLC0415
 
         async with trio.open_nursery() as nursery:
-            listening, begun = trio.Event(), trio.Event()
-            nursery.start_soon(self._obey, listening, begun)
+            listening, begun, serving = trio.Event(), trio.Event(), nursery.cancel_scope
+            nursery.start_soon(self._obey, listening, begun, serving)
             await listening.wait()
-            nursery.start_soon(self._start, begun)
+            nursery.start_soon(self._start, begun, serving)
+            nursery.start_soon(self._watch_mount, serving)
             nursery.start_soon(self._log_statistics)
             if self._asking is not None:
                 nursery.start_soon(self._answer, self._asking)
             # Each worker beyond the first is started under load and takes a 1 MiB buffer; have some from the start.
             await pyfuse3.main(min_tasks=8)
-            nursery.cancel_scope.cancel()
+            serving.cancel()
 
-    async def _obey(self, listening: trio.Event, begun: trio.Event) -> None:
+    async def _obey(self, listening: trio.Event, begun: trio.Event, serving: trio.CancelScope) -> None:
         """End the session when a signal asks for it."""
-        import pyfuse3  # noqa: PLC0415
         import trio  # noqa: PLC0415
 
         with trio.open_signal_receiver(*_ending_signals()) as received:
@@ -239,9 +246,30 @@ class Session:
                 _log.info("ending on %s", signal.Signals(number).name)
                 # What has begun asks us things, and must not be left without an answer.
                 await begun.wait()
-                await self._end()
-                pyfuse3.terminate()
+                await self._finish(serving)
                 return
+
+    async def _finish(self, serving: trio.CancelScope) -> None:
+        """Take on nothing more; drop what is not answered in time, for which pyfuse3 would wait for ever."""
+        import pyfuse3  # noqa: PLC0415
+        import trio  # noqa: PLC0415
+
+        await self._end()
+        pyfuse3.terminate()
+        await trio.sleep(GRACE)
+        _log.warning("ending without an answer for who waits for data: none came within %g seconds", GRACE)
+        serving.cancel()
+
+    async def _watch_mount(self, serving: trio.CancelScope) -> None:
+        """Drop everything when the mount is gone, whoever took it down: pyfuse3 would wait for what is under way."""
+        import trio  # noqa: PLC0415
+
+        # The loop can watch a descriptor for readability only, and once only, which is pyfuse3's. An epoll that waits for
+        # nothing in particular becomes readable by what cannot be left out: EPOLLERR (fuse_dev_poll in fs/fuse/dev.c).
+        with select.epoll() as watching:
+            watching.register(self.fd, 0)
+            await trio.lowlevel.wait_readable(watching)
+        serving.cancel()
 
     async def _log_statistics(self) -> None:
         import trio  # noqa: PLC0415
@@ -260,9 +288,7 @@ class Session:
                 one.setblocking(False)  # noqa: FBT003  (its only signature)
                 one.send(msgspec.json.encode(self._statistics()))
 
-    async def _start(self, begun: trio.Event) -> None:
-        import pyfuse3  # noqa: PLC0415
-
+    async def _start(self, begun: trio.Event, serving: trio.CancelScope) -> None:
         try:
             await self._begin()
         except OcifsError as error:
@@ -272,8 +298,7 @@ class Session:
         finally:
             begun.set()
         if self._failed is not None:
-            await self._end()  # it may have got far
-            pyfuse3.terminate()
+            await self._finish(serving)  # it may have got far
 
 
 def detach_moved(ours: MountEntry | None, fd: int) -> None:

@@ -121,14 +121,13 @@ def answer(process: subprocess.Popen[str], *, limit: float = LIMIT) -> Any:
     """Give what a function started with `start` returned; one that raised fails the test, and so does one that hangs."""
     try:
         out, err = process.communicate(timeout=limit)
-    except subprocess.TimeoutExpired:
+    except BaseException as error:
         process.kill()
-        out, err = process.communicate()
-        raise HangError(f"{process.args!r} did not end within {limit} seconds; it said {err!r}") from None
-    except BaseException:
-        process.kill()
-        process.wait()
-        raise
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(5)  # one that waits for a daemon ends when that does
+        if not isinstance(error, subprocess.TimeoutExpired):
+            raise
+        raise HangError(f"{process.args!r} did not end within {limit} seconds; it said {error.stderr!r}") from None
     assert process.returncode == 0, err
     return json.loads(out)
 
