@@ -409,34 +409,72 @@ def test_odd_names_owners_and_times_are_in_pax_headers(top: Top, image: RootFS) 
     assert found["odd"].pax_headers["mtime"] == "-1.500000001"
 
 
-def test_large_holes_stay_holes_and_small_ones_are_zeros(top: Top, image: RootFS) -> None:
-    for name, size, at in (("large", 1 << 20, 512 << 10), ("small", 64 << 10, 20 << 10), ("empty", 1 << 30, None)):
-        with (top.path / name).open("wb") as file:
-            file.truncate(size)
-            if at is not None:
-                file.seek(at)
-                file.write(b"x" * 4096)
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("size", "at", "segments"),
+    [
+        (3 * MIB, MIB, ((MIB, MIB),)),
+        (3 * MIB, 2 * MIB - 1, ((MIB, MIB),)),
+        (3 * MIB + 5, 0, ((0, MIB), (3 * MIB, 5))),
+        (2 * MIB - 1, 3, None),
+        (MIB - 1, None, None),
+        (0, None, None),
+    ],
+)
+def test_a_mebibyte_of_zeros_is_a_hole(
+    top: Top, image: RootFS, size: int, at: int | None, segments: tuple[tuple[int, int], ...] | None
+) -> None:
+    """Wherever the file system has any: in one of the two files it has none at all."""
+    data = bytearray(size)
+    if at is not None:
+        data[at] = 1
+    top.file("full", data)
+    with top.file("holes").open("wb") as file:
+        file.truncate(size)
+        if at is not None:
+            file.seek(at)
+            file.write(b"\1")
     tar = layer(top, image)[0]
-    found = {one.path: one for one in entries(tar)}
-    assert (found[b"large"].size, found[b"large"].sparse) == (1 << 20, ((512 << 10, 4096),))
-    assert (found[b"small"].size, found[b"small"].sparse) == (64 << 10, None)
-    assert (found[b"empty"].size, found[b"empty"].stored_size) == (1 << 30, 0)
+    assert [(one.size, one.sparse) for one in entries(tar)[1:]] == [(size, segments)] * 2
     with tarfile.open(fileobj=io.BytesIO(tar)) as read:
-        for name in ("large", "small"):
-            data = read.extractfile(name)
-            assert data is not None
-            assert data.read() == (top.path / name).read_bytes()
+        for name in ("full", "holes"):
+            found = read.extractfile(name)
+            assert found is not None
+            assert found.read() == data
+
+
+def test_a_file_of_a_gibibyte_without_data(top: Top, image: RootFS) -> None:
+    with top.file("empty").open("wb") as file:
+        file.truncate(1 << 30)
+    found = entries(layer(top, image)[0])[-1]
+    assert (found.size, found.stored_size, found.sparse) == (1 << 30, 0, ())
+
+
+def test_what_was_allocated_makes_the_same_layer_once_it_was_read(top: Top, image: RootFS) -> None:
+    """What is in the page cache counts as data to lseek(2)."""
+    path = top.file("f")
+    with path.open("r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, 4 * MIB)
+        file.write(b"data")
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    before = layer(top, image)[0]
+    path.read_bytes()
+    assert layer(top, image)[0] == before
 
 
 def test_a_file_of_more_holes_than_a_map_may_list(top: Top, image: RootFS, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ocifs.changes.layer._MAX_SEGMENTS", 4)
-    with (top.path / "f").open("wb") as file:
-        for number in range(1, 10):
-            file.seek(number * (64 << 10) + number * 4096)
-            file.write(b"x" * 4096)
+    with top.file("f").open("wb") as file:
+        for number in (1, 3, 5, 11, 20, 33):
+            file.seek(number * MIB + number)
+            file.write(b"x")
+        file.truncate(50 * MIB)
     tar = layer(top, image)[0]
     found = entries(tar)[-1]
-    assert found.sparse is None or len(found.sparse) <= 4
+    assert found.sparse == ((0, 12 * MIB), (20 * MIB, 4 * MIB), (32 * MIB, 4 * MIB))
     with tarfile.open(fileobj=io.BytesIO(tar)) as read:
         data = read.extractfile("f")
         assert data is not None

@@ -35,7 +35,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
     def fail_with(error: BaseException) -> None:
         @click.command()
         @opt.plain_options
-        def ps(choice: opt.Choice) -> None:  # noqa: ARG001
+        def ps(_: opt.Choice) -> None:
             raise error
 
         monkeypatch.setattr("ocifs.cli.mounting.ps", ps)

@@ -8,6 +8,7 @@ import os
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,6 @@ from tests.support.tarball import CHAR, FIFO, HARDLINK, entry, tarball
 
 @pytest.fixture(autouse=True)
 def _utc(monkeypatch: pytest.MonkeyPatch) -> None:
-    import time  # noqa: PLC0415
-
     monkeypatch.setenv("TZ", "UTC")
     time.tzset()
 

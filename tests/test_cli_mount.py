@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import signal
 import subprocess
 import time
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from ocifs.cli import progress as module
 from ocifs.driver import Verdict, choice
 from tests.support.command import OCIFS, SAMPLE, Run, runner
 from tests.support.layout import write_layout
@@ -57,8 +59,6 @@ def wait_until_gone(pid: int) -> None:
         fd = os.pidfd_open(pid)
     except ProcessLookupError:
         return
-    import select  # noqa: PLC0415
-
     try:
         assert select.select([fd], [], [], 60)[0], f"process {pid} goes on"
     finally:
@@ -312,8 +312,6 @@ def test_ls_agrees_with_gnu_ls_on_the_mount(place: Path) -> None:
 
 
 def test_a_bar_shows_on_a_terminal_and_is_taken_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ocifs.cli import progress as module  # noqa: PLC0415
-
     monkeypatch.setattr(module, "_PATIENCE", 0.0)
     monkeypatch.setattr(module, "_PERIOD", 0.0)
     monkeypatch.setenv("TERM", "xterm")

@@ -214,8 +214,8 @@ def test_a_span_that_ends_early_is_damage_at_every_length() -> None:
 
 
 @given(st.binary(max_size=200), st.integers(0, 7), st.booleans())
-@example(b"", 3, False)  # noqa: FBT003
-def test_random_bytes_inflate_or_are_damage(data: bytes, bit: int, at_header: bool) -> None:  # noqa: FBT001
+@example(b"", 3, False)
+def test_random_bytes_inflate_or_are_damage(data: bytes, bit: int, at_header: bool) -> None:
     try:
         got = inflate_span(data, bit=0 if at_header else bit, window=b"w" * 100, size=5000, at_header=at_header)
     except DamagedError:
@@ -275,7 +275,7 @@ def test_zstd_headers_that_lie_close_together_are_read_together() -> None:
 
 @pytest.mark.parametrize("size", [0, 1, 255, 256, 65_791, 65_792, 150_000])
 @pytest.mark.parametrize("checksum", [False, True])
-def test_zstd_headers_of_every_size(size: int, checksum: bool) -> None:  # noqa: FBT001
+def test_zstd_headers_of_every_size(size: int, checksum: bool) -> None:
     for level in (-5, 3, 19):
         data = zstandard.ZstdCompressor(level=level, write_checksum=checksum).compress(words(size))
         assert [(frame.blob_size, frame.bound) for frame in frames(data)] == [(len(data), size)]

@@ -368,7 +368,7 @@ class Waits:
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cpus)))
         monkeypatch.setattr(signal, "setitimer", lambda _which, *values: self.timers.append(values))
         self.waiting = session.Waits(lambda: self.decoding)
-        self.waiting._poll = self.poll  # type: ignore[assignment]
+        self.waiting._poll = self.poll  # type: ignore[assignment]  # it has what is used
 
     def wait(self, seconds: float, timeout: float = 10.0) -> tuple[int, list[tuple[float, ...]]]:
         """One wait of the loop; give how often was polled, and what the timer was set to."""

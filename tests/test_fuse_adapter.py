@@ -17,14 +17,14 @@ import trio
 
 pyfuse3 = pytest.importorskip("pyfuse3", reason="pyfuse3 is not installed")
 
-from ocifs import errors, fuse  # noqa: E402
-from ocifs.errors import DamagedError, OcifsError  # noqa: E402
-from ocifs.fuse import FOREVER, Adapter, DeviceAdapter  # noqa: E402
-from ocifs.rootfs import NotADirectoryInImageError, NotReadableError, SymlinkLoopError  # noqa: E402
-from ocifs.tree import Kind  # noqa: E402
-from tests.support.spanned import FakeIndex  # noqa: E402
-from tests.support.trees import directory, file, layer_bytes, node, symlink  # noqa: E402
-from tests.support.viewed import viewed  # noqa: E402
+from ocifs import errors, fuse
+from ocifs.errors import DamagedError, OcifsError
+from ocifs.fuse import FOREVER, Adapter, DeviceAdapter
+from ocifs.rootfs import NotADirectoryInImageError, NotReadableError, SymlinkLoopError
+from ocifs.tree import Kind
+from tests.support.spanned import FakeIndex
+from tests.support.trees import directory, file, layer_bytes, node, symlink
+from tests.support.viewed import viewed
 
 LAYER = layer_bytes(1)
 CTX: Any = SimpleNamespace(uid=0, gid=0, pid=1, umask=0)

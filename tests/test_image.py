@@ -1034,7 +1034,9 @@ def test_while_another_process_has_a_layer_the_others_are_built_and_no_lock_is_h
     assert spy.built() == [1, 2]
 
 
-def test_what_another_process_finished_while_we_asked_is_not_built_again(store: Store, tmp_path: Path) -> None:
+def test_what_another_process_finished_while_we_asked_is_not_built_again(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Between our first look and our lock the other one published: seen under the lock, and nothing is locked after."""
     write_layout(tmp_path / "image", [BASE])
     wrong_diff_id(tmp_path / "lying")
@@ -1044,7 +1046,7 @@ def test_what_another_process_finished_while_we_asked_is_not_built_again(store: 
             look(other, f"oci:{tmp_path}/image")
         return Store.try_lock(store, kind, key)
 
-    store.try_lock = try_lock  # type: ignore[method-assign]
+    monkeypatch.setattr(store, "try_lock", try_lock)
     spy = Spy()
     resolved = resolve(f"oci:{tmp_path}/image", ImageOptions(), store)
     for layer in open_layers(resolved, store, ImageOptions(), spy):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
 
@@ -684,8 +684,8 @@ def test_t18_any_number_of_layers() -> None:
 # --- hard links -----------------------------------------------------------------------------------------------------
 
 
-def hard(path: str, target: str, **header: object) -> bytes:
-    return entry(path, type=HARDLINK, link=target, **header)  # type: ignore[arg-type]
+def hard(path: str, target: str, **header: Any) -> bytes:
+    return entry(path, type=HARDLINK, link=target, **header)
 
 
 @pytest.mark.parametrize(
@@ -741,7 +741,7 @@ def test_h2_through_a_lower_symlink_and_an_upper_directory() -> None:
     [".wh.keep", ".wh..wh..opq"],
 )
 @pytest.mark.parametrize("after", [False, True])
-def test_h3_a_target_whited_out_in_this_layer_is_what_it_was_before(marker: str, after: bool) -> None:  # noqa: FBT001
+def test_h3_a_target_whited_out_in_this_layer_is_what_it_was_before(marker: str, after: bool) -> None:
     entries = [entry(marker), hard("new", "keep")]
     tree = merged([BASE, layer(*(entries[::-1] if after else entries))])
     assert look(tree, [BASE])["new"] == "file 'k'"

@@ -110,7 +110,7 @@ def test_mount_returns_when_the_mount_answers(image: str, cache: Path, tmp_path:
 def test_the_daemon_keeps_nothing_of_its_starters(image: str, cache: Path, tmp_path: Path, place: Path) -> None:
     """Not its directory, its standard streams, its session, nor other files it had open: a lock among them may wait."""
     lock = os.open(tmp_path / "lock", os.O_RDWR | os.O_CREAT)
-    os.set_inheritable(lock, True)  # noqa: FBT003  (its only signature)
+    os.set_inheritable(lock, True)
     try:
         done = run(command("mount", "--cache-dir", cache, image, place), close_fds=False, cwd=tmp_path)
         assert done.returncode == 0, done.stderr

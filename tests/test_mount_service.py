@@ -96,7 +96,7 @@ def test_the_service_manager_is_not_told_of_a_mount_that_fails(place: Path, tmp_
         env = {"NOTIFY_SOCKET": str(tmp_path / "notify")}
         done = ocifs("mount", "--foreground", tmp_path / "missing", place, env=env)
         assert done.returncode == 3
-        manager.setblocking(False)  # noqa: FBT003
+        manager.setblocking(False)
         with pytest.raises(BlockingIOError):
             manager.recv(4096)
 
@@ -226,7 +226,7 @@ def test_nobody_else_can_reach_a_daemon(place: Path, tmp_path: Path) -> None:
 def unit() -> dict[str, list[str]]:
     """What the service's section says, as words."""
     parser = configparser.ConfigParser(interpolation=None, strict=False)
-    parser.optionxform = str  # type: ignore[assignment,method-assign]
+    parser.optionxform = str  # type: ignore[assignment,method-assign]  # as configparser's documentation has it
     parser.read_string((UNITS / "ocifs@.service").read_text())
     return {name: value.split() for name, value in parser["Service"].items()}
 

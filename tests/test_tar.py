@@ -354,7 +354,7 @@ def test_bytes_of_no_archive_raise_nothing(junk: bytes, blocks: int) -> None:
 
 
 @given(st.binary(min_size=511, max_size=511), st.booleans(), st.integers(-1, 1))
-def test_d1_checksum_agrees_with_adding_up(block: bytes, signed: bool, wrong: int) -> None:  # noqa: FBT001
+def test_d1_checksum_agrees_with_adding_up(block: bytes, signed: bool, wrong: int) -> None:
     # Behind the end the checksum alone decides what is a header, so that the rest of the block may be anything.
     block = b"\1" + block
     summed = block[:148] + b" " * 8 + block[156:]

@@ -5,6 +5,8 @@ What becomes of the entries (paths, whiteouts, which xattrs are shown) is in the
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 
 from ocifs.tar import (
@@ -103,8 +105,8 @@ def test_d1_prefix_in_a_gnu_header_is_read_as_old_go_wrote_it() -> None:
 
 
 @pytest.mark.parametrize("checksum", ["unsigned", "signed"])
-def test_d1_checksum_of_signed_and_of_unsigned_bytes(checksum: str) -> None:
-    found = only(entry("na\xefve".encode("latin-1"), checksum=checksum))  # type: ignore[arg-type]
+def test_d1_checksum_of_signed_and_of_unsigned_bytes(checksum: Literal["signed", "unsigned"]) -> None:
+    found = only(entry("na\xefve".encode("latin-1"), checksum=checksum))
     assert found.path == b"na\xefve"
 
 

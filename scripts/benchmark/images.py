@@ -13,6 +13,7 @@ import shutil
 import stat
 import subprocess
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -124,7 +125,7 @@ def prepare(checkout: Path, work: Path, image: Path | None) -> Images:
     reference, plain = read_layout(layout, "gzip"), read_layout(layout, "plain")
     data = work / f"data-{reference.blobs[0].name[:8]}{reference.blobs[-1].name[:8]}"
     unpacked = [
-        once(data / f"layer{number}", lambda out, blob=blob: _unpack(blob, out), "unpacking a layer")  # type: ignore[misc]
+        once(data / f"layer{number}", partial(_unpack, blob), "unpacking a layer")
         for number, blob in enumerate(plain.blobs, 1)
     ]
     names = [data / f"layer{number}.tar.gz" for number in range(1, len(reference.blobs) + 1)]

@@ -14,6 +14,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -193,7 +194,7 @@ def on_mounts(
                 book.add(f"memory.{name}", mounter.key, anonymous_memory(pid))
 
     turns = [
-        Turn(mounter.key, lambda mounter=mounter: act(mounter), _states(*keys), mounter.lacking)  # type: ignore[misc]
+        Turn(mounter.key, partial(act, mounter), _states(*keys), mounter.lacking)
         for mounter in setting.mounters
         if not mounter.sits_out(name, thorough=setting.effort.thorough)
     ]
@@ -424,7 +425,7 @@ def first(setting: Setting) -> None:
     turns = [
         Turn(
             key,
-            lambda key=key, measure=measure: act(key, measure),  # type: ignore[misc]
+            partial(act, key, measure),
             _states("first") if setting.effort.thorough else ("first.cold",),
             lacking,
             UMOCI_ROUNDS if key == "umoci" else 1000,
@@ -470,9 +471,9 @@ def is_mounted(setting: Setting) -> None:
                 setting.book.add(f"mounted.{state}", mounter.key, time.perf_counter() - began)
 
     rows = _states(*(key for key, _ in wanted))
-    turns = [Turn(f"ocifs-{driver}", lambda driver=driver: act(driver), rows) for driver in ("erofs", "fuse")]  # type: ignore[misc]
+    turns = [Turn(f"ocifs-{driver}", partial(act, driver), rows) for driver in ("erofs", "fuse")]
     turns += [
-        Turn(mounter.key, lambda mounter=mounter: peer(mounter), _states("mounted"), mounter.lacking)  # type: ignore[misc]
+        Turn(mounter.key, partial(peer, mounter), _states("mounted"), mounter.lacking)
         for mounter in setting.mounters
         if mounter.key == "ratarmount"
     ]
@@ -507,7 +508,7 @@ def scale(setting: Setting) -> None:
                     contenders.take_down(setting.place, pid)
 
     rows = ("new-1k", "new-10k", "new-1m", "memory-1m", *_states("find-10k", "find-1m"))
-    turns = [Turn(f"ocifs-{driver}", lambda driver=driver: act(driver), rows, most=2) for driver in ("erofs", "fuse")]  # type: ignore[misc]
+    turns = [Turn(f"ocifs-{driver}", partial(act, driver), rows, most=2) for driver in ("erofs", "fuse")]
     rounds(setting, "scale", turns)
 
 
@@ -586,7 +587,7 @@ def runc(setting: Setting) -> None:
     turns = [
         Turn(
             mounter.key,
-            lambda mounter=mounter: mounter_acts(mounter),  # type: ignore[misc]
+            partial(mounter_acts, mounter),
             (*rows, "runc.new") if mounter.key.startswith("ocifs-") else rows,
             lacking or mounter.lacking,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import select
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -118,7 +119,7 @@ def fio(setting: Setting, driver: str) -> str:
     lower = setting.unpacked()
     with setting.over_the_image(driver) as box, setting.over_a_directory() as plain:
         jobs: dict[str, Callable[[Path], str]] = {
-            **{job.name: lambda root, job=job: verified(root, job, setting.megabytes) for job in JOBS},  # type: ignore[misc]
+            **{job.name: partial(verified, job=job, megabytes=setting.megabytes) for job in JOBS},
             "the image's largest file": lambda root: copied_up(root, lower),
         }
         for name, job in jobs.items():

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias, Union
+from typing import Any, TypeAlias, Union
 
 Content: TypeAlias = Mapping[bytes, Union[bytes, "Content"]]
 
@@ -140,9 +140,9 @@ def varint(number: int) -> bytes:
     return bytes(out)
 
 
-def containerd_database(images: Mapping[str, Mapping[str, tuple[str, str, int]]], **writer: object) -> bytes:
+def containerd_database(images: Mapping[str, Mapping[str, tuple[str, str, int]]], **writer: Any) -> bytes:
     """Write a ``meta.db``: namespace → image name → (media type, digest, size)."""
-    content = {
+    content: Content = {
         b"v1": {
             b"version": varint(3),
             **{
@@ -163,4 +163,4 @@ def containerd_database(images: Mapping[str, Mapping[str, tuple[str, str, int]]]
             },
         }
     }
-    return Writer(**writer).write(content)  # type: ignore[arg-type]
+    return Writer(**writer).write(content)

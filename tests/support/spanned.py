@@ -124,7 +124,7 @@ def layer(*sizes: int, number: int = 1) -> tuple[FakeIndex, LayerData]:
 
 def layer_of(data: bytes, sizes: Sequence[int], *, number: int = 1) -> tuple[FakeIndex, LayerData]:
     index = FakeIndex(data, sizes)
-    return index, LayerData(number, index, NoBytes())  # type: ignore[arg-type]
+    return index, LayerData(number, index, NoBytes())  # type: ignore[arg-type]  # it has what is used of an index
 
 
 def joined(parts: list[memoryview]) -> bytes:

@@ -102,7 +102,7 @@ def base256(value: int, size: int) -> bytes:
 def header(
     path: Text = b"",
     *,
-    type: bytes = FILE,  # noqa: A002  (the field's name)
+    type: bytes = FILE,
     mode: Number = 0o644,
     uid: Number = 0,
     gid: Number = 0,
@@ -181,7 +181,7 @@ def _pairs(records: Records) -> list[tuple[Text, Text]]:
 def pax_header(
     records: Records | bytes,
     *,
-    type: bytes = PAX,  # noqa: A002
+    type: bytes = PAX,
     path: Text = b"PaxHeaders/x",
     magic: str | bytes = "ustar",
 ) -> bytes:
@@ -190,7 +190,7 @@ def pax_header(
     return header(path, type=type, size=len(body), magic=magic) + padded(body)
 
 
-def gnu_long(name: Text, *, type: bytes = GNU_LONG_NAME, terminated: bool = True) -> bytes:  # noqa: A002
+def gnu_long(name: Text, *, type: bytes = GNU_LONG_NAME, terminated: bool = True) -> bytes:
     """Write a GNU long name (`L`) or, with ``type``, long link (`K`) header for the entry that follows."""
     body = encode(name) + (b"\0" if terminated else b"")
     return header(b"././@LongLink", type=type, size=len(body), magic="gnu") + padded(body)
@@ -200,7 +200,7 @@ def entry(
     path: Text,
     data: bytes = b"",
     *,
-    type: bytes | None = None,  # noqa: A002
+    type: bytes | None = None,
     mode: Number | None = None,
     uid: Number = 0,
     gid: Number = 0,
@@ -226,7 +226,7 @@ def entry(
     """
     path, link = encode(path), encode(link)
     if type is None:
-        type = DIR if path.endswith(b"/") else SYMLINK if link else FILE  # noqa: A001
+        type = DIR if path.endswith(b"/") else SYMLINK if link else FILE
     if mode is None:
         mode = {DIR: 0o755, SYMLINK: 0o777}.get(type, 0o644)
     records: list[tuple[Text, Text]] = []

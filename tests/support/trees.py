@@ -6,7 +6,7 @@ Not here: how a tree comes out of layers (that is the merge's), images of contai
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hypothesis import strategies as st
 
@@ -28,22 +28,22 @@ def layer_bytes(number: int, size: int = LAYER_SIZE) -> bytes:
                     range(-(-size // 512)))[:size]  # fmt: skip
 
 
-def node(kind: Kind, **fields: object) -> Node:
+def node(kind: Kind, **fields: Any) -> Node:
     """A node of layer 1, entry 0."""
-    return Node(kind, Origin(1, 0), **fields)  # type: ignore[arg-type]
+    return Node(kind, Origin(1, 0), **fields)
 
 
-def directory(children: dict[bytes, Node] | None = None, **fields: object) -> Node:
+def directory(children: dict[bytes, Node] | None = None, **fields: Any) -> Node:
     return node(Kind.DIR, children=children or {}, **fields)
 
 
-def file(size: int, layer_offset: int = 512, *, layer: int = 1, **fields: object) -> Node:
+def file(size: int, layer_offset: int = 512, *, layer: int = 1, **fields: Any) -> Node:
     """A file whose data is one run."""
     extents = (Extent(0, layer, layer_offset, size),) if size else ()
     return node(Kind.FILE, **{"mode": 0o644, "size": size, "extents": extents, **fields})
 
 
-def symlink(target: bytes, **fields: object) -> Node:
+def symlink(target: bytes, **fields: Any) -> Node:
     return node(Kind.SYMLINK, **{"mode": 0o777, "target": target, **fields})
 
 
