@@ -26,7 +26,7 @@ def serve_fuse(
 
     Raises `MachineError` if mounting fails.
     """
-    from ocifs.fuse import Adapter  # noqa: PLC0415
+    from ocifs.fuse import Adapter
 
     adapter, spans = Adapter(trees), [tree.spans for tree in trees]
 
@@ -64,7 +64,7 @@ def serve_erofs(
     instead of 180 (on a machine that others used, the same for both). The pages of the backing files are the first that the
     kernel takes back, as nobody reads them twice.
     """
-    from ocifs.fuse import DeviceAdapter  # noqa: PLC0415
+    from ocifs.fuse import DeviceAdapter
 
     adapter = DeviceAdapter(files)
     ours: MountEntry | None = None

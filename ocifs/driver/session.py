@@ -181,8 +181,8 @@ class Session:
 
     def run(self, options: set[str]) -> None:
         """Mount with ``options``, serve, unmount. Raises `MachineError` if mounting fails."""
-        import pyfuse3  # noqa: PLC0415 (only what mounts may need FUSE)
-        import trio  # noqa: PLC0415
+        import pyfuse3
+        import trio
 
         class Waiting(Waits, trio.abc.Instrument):
             pass
@@ -219,8 +219,8 @@ class Session:
             raise self._failed
 
     async def _serve(self) -> None:
-        import pyfuse3  # noqa: PLC0415
-        import trio  # noqa: PLC0415
+        import pyfuse3
+        import trio
 
         async with trio.open_nursery() as nursery:
             listening, begun, serving = trio.Event(), trio.Event(), nursery.cancel_scope
@@ -237,7 +237,7 @@ class Session:
 
     async def _obey(self, listening: trio.Event, begun: trio.Event, serving: trio.CancelScope) -> None:
         """End the session when a signal asks for it."""
-        import trio  # noqa: PLC0415
+        import trio
 
         with trio.open_signal_receiver(*_ending_signals()) as received:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _ending_signals())
@@ -251,8 +251,8 @@ class Session:
 
     async def _finish(self, serving: trio.CancelScope) -> None:
         """Take on nothing more; drop what is not answered in time, for which pyfuse3 would wait for ever."""
-        import pyfuse3  # noqa: PLC0415
-        import trio  # noqa: PLC0415
+        import pyfuse3
+        import trio
 
         await self._end()
         pyfuse3.terminate()
@@ -262,7 +262,7 @@ class Session:
 
     async def _watch_mount(self, serving: trio.CancelScope) -> None:
         """Drop everything when the mount is gone, whoever took it down: pyfuse3 would wait for what is under way."""
-        import trio  # noqa: PLC0415
+        import trio
 
         # The loop can watch a descriptor for readability only, and once only, which is pyfuse3's. An epoll that waits for
         # nothing in particular becomes readable by what cannot be left out: EPOLLERR (fuse_dev_poll in fs/fuse/dev.c).
@@ -272,7 +272,7 @@ class Session:
         serving.cancel()
 
     async def _log_statistics(self) -> None:
-        import trio  # noqa: PLC0415
+        import trio
 
         with trio.open_signal_receiver(signal.SIGUSR1) as received:
             async for _ in received:
@@ -280,7 +280,7 @@ class Session:
 
     async def _answer(self, asking: socket.socket) -> None:
         """Send statistics to whoever connects. They fit the socket's buffer, so nobody can keep us waiting."""
-        import trio  # noqa: PLC0415
+        import trio
 
         while True:
             await trio.lowlevel.wait_readable(asking)
@@ -328,7 +328,7 @@ def _ending_signals() -> set[signal.Signals]:
 
 async def in_thread(function: Callable[..., object], *arguments: object) -> None:
     """Do what makes the kernel ask us something in return."""
-    import trio  # noqa: PLC0415
+    import trio
 
     # Abandoned if the session ends: then nobody is left to answer what the thread may be waiting for.
     await trio.to_thread.run_sync(lambda: function(*arguments), abandon_on_cancel=True)

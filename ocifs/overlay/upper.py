@@ -208,7 +208,7 @@ class Upper:
             if last.layer_offset + last.size > layer.damage.layer_offset:
                 node.extents, node.unreadable = (), True
 
-    def _locate(self, entry: Entry, number: int) -> tuple[Node, bytes] | None:  # noqa: PLR0911
+    def _locate(self, entry: Entry, number: int) -> tuple[Node, bytes] | None:  # noqa: PLR0911 (a rule each)
         """Find where an entry goes, for every path that is not plain; None: nowhere, or it was a marker."""
         path = entry.path
         if entry.type == EntryType.OTHER:
