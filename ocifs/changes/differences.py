@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from ocifs.changes.merged import Gone, Present
-from ocifs.changes.upper import OF_THIS_MACHINE, Entry, data_runs
-from ocifs.rootfs import PIECE_SIZE
+from ocifs.changes.upper import OF_THIS_MACHINE, Entry, all_zeros, data_runs
 from ocifs.tree import Kind
 
 if TYPE_CHECKING:
@@ -137,20 +136,11 @@ def _same_data(merged: Merged, step: Present, image: int) -> bool:
                 pieces = view.pieces(image, start=offset, size=extent.size)
                 same = all(bytes(data) == os.pread(fd, len(data), at) for at, data in _placed(pieces, offset))
             else:
-                same = _all_zeros(fd, offset, offset + extent.size)
+                same = all(all_zeros(fd, *run) for run in data_runs(fd, offset, offset + extent.size))
             if not same:
                 return False
             offset += extent.size
     return True
-
-
-def _all_zeros(fd: int, start: int, end: int) -> bool:
-    """Whether a part of a file reads as a hole does; holes in it, however large, take no time."""
-    return not any(
-        any(os.pread(fd, min(PIECE_SIZE, stop - at), at))
-        for begin, stop in data_runs(fd, start, end)
-        for at in range(begin, stop, PIECE_SIZE)
-    )
 
 
 def _placed(pieces: Iterator[bytes | memoryview], offset: int = 0) -> Iterator[tuple[int, bytes | memoryview]]:

@@ -3,8 +3,12 @@
 The same upper directory above the same image makes the same bytes: the order is that of `merged`, and nothing depends on
 the day, the machine or the one who asks. Whiteouts and opaque markers are empty files of nobody, of the epoch.
 
-The names of one file that are in the upper directory are hard links; the first in order has the data. Holes of 64 KiB and
-more stay holes; smaller ones are written as zeros, so that ordinary files are ordinary members, which every reader takes.
+The names of one file that are in the upper directory are hard links; the first in order has the data.
+
+Holes are told by what is read: each aligned MiB of zeros is one, the rest is written. Where the file system has holes is no
+guide, for the same file has fewer of them once it was read: what was allocated and not written counts as data as long as
+the page cache has it. A MiB, because linkers leave some hundred KiB of zeros in programs, and ordinary files should be
+ordinary members, which every reader takes.
 
 What a layer cannot say is refused, by name: a file that is called as a whiteout is, an attribute with ``=`` in its name,
 more attributes than readers take. Left out with a warning: sockets, attributes without a value, and those that are called
@@ -25,7 +29,7 @@ import zstandard
 
 from ocifs import archive, members
 from ocifs.changes.merged import Gone, Opaque, Present
-from ocifs.changes.upper import Entry, data_runs, signature
+from ocifs.changes.upper import Entry, all_zeros, data_runs, signature
 from ocifs.errors import UnsupportedError
 from ocifs.sources.blob import shown
 from ocifs.spec import DiffID, Digest, MediaType
@@ -40,7 +44,7 @@ WHITEOUT: Final = b".wh."
 OPAQUE_MARKER: Final = b".wh..wh..opq"
 """OCI image specification, layer.md, "Whiteouts"."""
 
-_LEAST_HOLE: Final = 64 << 10
+_HOLE: Final = 1 << 20
 _MAX_SEGMENTS: Final = 1 << 14
 """Of a file with holes. A map of as many stays below the 1 MiB that Go's archive/tar takes: 2 numbers of up to 20 digits."""
 _MAX_ATTRIBUTES: Final = (1 << 20) - (1 << 16)
@@ -273,32 +277,43 @@ class LayerWriter:
 
 
 def _segments(fd: int, size: int) -> list[tuple[int, int]] | None:
-    """Where a file has data, small holes counted as such; None if it has none that are worth it."""
-    least = _LEAST_HOLE
-    if size < least:
-        return None
-    runs = list(data_runs(fd, 0, size))
-    joined = _joined(runs, size, least)
-    while len(joined) > _MAX_SEGMENTS:
-        least *= 2
-        joined = _joined(runs, size, least)
-    if joined == [(0, size)]:
-        return None
-    return archive.whole_blocks([(start, stop - start) for start, stop in joined], size)
+    """Where a file has data: all but its holes. None if it has none."""
+    kept = _Segments()
+    full = size - size % _HOLE  # what is behind is stored whatever it is
+    at = 0
+    for start, stop in data_runs(fd, 0, full):
+        for block in range(max(at, start - start % _HOLE), stop, _HOLE):
+            if not all_zeros(fd, block, block + _HOLE):
+                kept.add(block, block + _HOLE)
+            at = block + _HOLE
+    if full < size:
+        kept.add(full, size)
+    runs = [(start, min(stop, size) - start) for start, stop in kept.found]
+    return None if not size or runs == [(0, size)] else archive.whole_blocks(runs, size)
 
 
-def _joined(runs: list[tuple[int, int]], size: int, least: int) -> list[tuple[int, int]]:
-    """Runs of (start, stop) with holes below ``least`` bytes closed, at both ends of the file too."""
-    joined: list[tuple[int, int]] = []
-    before = 0
-    for start, stop in runs:
-        if start - before < least:
-            start = joined.pop()[0] if joined else 0  # noqa: PLW2901 (the run begins where the one before does)
-        joined.append((start, stop))
-        before = stop
-    if joined and size - before < least:
-        joined[-1] = (joined[-1][0], size)
-    return joined
+class _Segments:
+    """The (start, stop) of segments; if they become too many, holes are closed, each twice as large as those before."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[int, int]] = []
+        self._grain = _HOLE
+
+    def add(self, start: int, stop: int) -> None:
+        """Add what is behind all others, or touches them."""
+        self._join(start, stop)
+        while len(self.found) > _MAX_SEGMENTS:
+            self._grain *= 2
+            before, self.found = self.found, []
+            for one in before:
+                self._join(*one)
+
+    def _join(self, start: int, stop: int) -> None:
+        start -= start % self._grain
+        stop += -stop % self._grain
+        if self.found and start <= self.found[-1][1]:
+            start = self.found.pop()[0]
+        self.found.append((start, stop))
 
 
 def _pieces(fd: int, start: int, size: int) -> Iterator[bytes]:

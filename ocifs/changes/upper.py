@@ -48,6 +48,8 @@ _FILE: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | os.O
 _CAP_SYS_ADMIN: Final = 21
 """linux/capability.h."""
 _ALL_IDS: Final = 2**32 - 1
+_PAGE: Final = 4096
+_PIECE: Final = 1 << 20
 
 _KNOWN_NOTES: Final = frozenset(
     {
@@ -298,6 +300,17 @@ def data_runs(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
             stop = min(os.lseek(fd, start, os.SEEK_HOLE), end)
             yield start, stop
             start = stop
+
+
+def all_zeros(fd: int, start: int, end: int) -> bool:
+    """Whether a part of an open file reads as a hole does; most that do not, say so in their first page."""
+    size = _PAGE
+    while start < end:
+        data = os.pread(fd, min(size, end - start), start)
+        if data.strip(b"\0"):
+            return False
+        start, size = start + size, _PIECE
+    return True
 
 
 def _listxattr(path: bytes) -> list[str]:
