@@ -365,7 +365,8 @@ def test_where_the_log_lies_the_disk_may_be_full(tmp_path: Path, driver: str) ->
             other = at._replace(mnt=tmp_path / "other")
             done = refused(other, at.cache)
             assert (done.returncode, done.stdout) == (6, "")
-            assert "No space left on device" in done.stderr.splitlines()[-1]
+            assert "No space left on device" in done.stderr
+            assert done.stderr.count("\n") == 1
             flip(at.blob, spans[2][2] + 100)
             assert set(read_all(mount)) == {"ok"}
             assert "Traceback" not in mount.logged()

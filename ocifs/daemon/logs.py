@@ -34,6 +34,9 @@ def log_to_background(path: Path) -> None:
     """Send the log to a file beside the record and, where there is one, to the system's log."""
     import logging.handlers  # noqa: PLC0415 (pulls in sockets and pickle, which nothing else needs)
 
+    # What cannot be logged, because the disk is full or the system's log is gone, is lost. Else the logging module says so
+    # with a traceback, on the standard error of the command that is waiting for us.
+    logging.raiseExceptions = False
     root = logging.getLogger()
     for handler in list(root.handlers):
         root.removeHandler(handler)
