@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from ocifs.daemon import runtime_dir
+from ocifs.mountinfo import mounts
 from tests.support.containers import needs_containers, ocifs_run, running, write_image
 from tests.support.mounting import LIMIT, Process, environment, ocifs, patched, records, run
 from tests.support.tarball import entry
@@ -42,8 +43,7 @@ def places() -> set[str]:
 
 
 def mounted() -> list[str]:
-    lines = Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
-    return sorted(line.split(" ")[4] for line in lines if "/ocifs/containers/" in line)
+    return sorted(os.fsdecode(entry.mountpoint) for entry in mounts() if b"/ocifs/containers/" in entry.mountpoint)
 
 
 def sh(image: str, script: str, *options: str) -> tuple[int, str, str]:

@@ -140,6 +140,31 @@ def test_whatever_signal_comes_in_whatever_phase_the_place_is_free_afterwards(
     assert {one for one in new if one.name.startswith(Path(mount.record["log"]).stem)} == set()
 
 
+INTERRUPTED = """
+import os
+from ocifs.daemon import records, running
+class Interrupting:
+    def __getattr__(self, name):
+        return getattr(os, name)
+    def waitpid(self, pid, options):
+        os.waitpid(pid, options)
+        while not any(one.record.mountpoint == os.environ["PLACE"] for one in records()):
+            pass
+        raise KeyboardInterrupt
+running.os = Interrupting()
+"""
+"""Has ^C arrive when the mount answers, and whoever waits for that has not heard so yet."""
+
+
+def test_a_mount_whose_command_was_interrupted_is_none(image: str, tmp_path: Path, place: Path, driver: str) -> None:
+    runtime = tmp_path / "runtime"
+    words = ["mount", "--driver", driver, "--cache-dir", str(tmp_path / "cache"), image, str(place)]
+    done = run(patched(INTERRUPTED, *words), env={"PLACE": str(place), "OCIFS_RUNTIME_DIR": str(runtime)})
+    assert (done.returncode, done.stderr) == (130, "")
+    assert not in_mountinfo(place)
+    assert [one.name for one in runtime.iterdir() if "probe" not in one.name] == []
+
+
 RECYCLED = """
 import os
 from ocifs.driver import serving, session

@@ -141,6 +141,8 @@ def _make(directory: Path, image: Image, plan: Plan, undo: ExitStack) -> State:
     if not read_only:
         _make_directory(lower, undo, mode=0o700)
     words = _mount_words(used) if read_only else ()
+    # Before it is done: a signal may come when the mount is there and nothing has been said of it yet.
+    undo.callback(_take_down, lower)
     mount_image(
         image,
         plan.cache,
@@ -151,7 +153,6 @@ def _make(directory: Path, image: Image, plan: Plan, undo: ExitStack) -> State:
         examining=plan.options.examine,
         cache_bytes=plan.cache_bytes,
     )
-    undo.callback(_take_down, lower)
     if changes is not None:
         _add_changes(directory, changes, image, made, plan, undo)
     return made
@@ -172,18 +173,18 @@ def _add_changes(directory: Path, changes: Path, image: Image, made: State, plan
     upper, work = Path(made.upper or ""), Path(made.work or "")
     if plan.ephemeral:
         _make_directory(changes, undo, mode=0o700)
-        overlayfs.mount_tmpfs(changes)
         undo.callback(_take_down, changes)
+        overlayfs.mount_tmpfs(changes)
     elif plan.upper is not None:
         _check_kept(plan.upper, made, undo)
     if _make_directory(upper, undo):
         _copy_root(image, upper)
     if _make_directory(work, undo, mode=0o700):
         undo.callback(shutil.rmtree, work / "work", ignore_errors=True)  # overlayfs' own
+    undo.callback(_take_down, directory / "rootfs")
     overlayfs.mount_overlay(
         directory / "rootfs", lower=Path(made.lower), upper=upper, work=work, more=plan.overlay_options
     )
-    undo.callback(_take_down, directory / "rootfs")
 
 
 _IMAGE_OF: Final = "image"

@@ -1,7 +1,9 @@
 """Serving a mount, in this process or in a daemon of its own.
 
-The daemon tells who waits for it when the mount answers: one line through a pipe, ``ready``, or the sentence that says why
-not. In the foreground there is no fork and no wait; a service manager is told there (`ocifs.daemon.notify`).
+The daemon tells who waits for it when the mount answers: one line through a socket, ``ready``, or the sentence that says
+why not. It goes on only when it has been told that this was heard, so that there is no mount that nobody knows of, whenever
+its starter was ended. In the foreground there is no fork and no wait; a service manager is told there
+(`ocifs.daemon.notify`).
 """
 
 from __future__ import annotations
@@ -12,9 +14,9 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Final, NoReturn
 
 import msgspec
 
@@ -87,27 +89,29 @@ def run_foreground(serve: Serve, record: Record, claim: Claim) -> Record:
 def run_background(serve: Serve, record: Record, claim: Claim) -> Record:
     """Start a daemon that serves; give its record when the mount answers, or raise what the daemon says went wrong.
 
-    From then on the claim is the daemon's.
+    From then on the claim is the daemon's. Whatever ends the wait, a signal or an interrupt too, ends the daemon: there is
+    a mount if this returns, and none if it raises.
     """
     try:
-        told, tell = os.pipe()
+        ours, theirs = socket.socketpair()
         # Forked twice: whoever called us may live on, and must not have to wait for a child that it knows nothing of.
         child = os.fork()
     except OSError as error:
         message = f"cannot start a daemon for {record.mountpoint}: {error.strerror}"
         raise MachineError(message) from error
     if child == 0:
-        os.close(told)  # or nobody would see that the reader is gone
-        _fork_daemon(serve, record, claim, tell)
-    os.close(tell)
+        ours.close()  # or nobody would see that the reader is gone
+        _fork_daemon(serve, record, claim, theirs)
+    theirs.close()
     try:
-        with os.fdopen(told, "rb") as pipe:
+        with ours, _dismissing(ours), ours.makefile("rb") as told:
             os.waitpid(child, 0)
-            # Without readiness the pipe ends with the daemon, so that nothing of it is left when we say so.
-            answer = pipe.readline()
-            if answer == b"ready\n":
+            answer = told.readline()
+            if answer == _READY:
+                with contextlib.suppress(OSError):  # it has been unmounted since
+                    ours.sendall(_HEARD)
                 return claim.read() or record
-            pipe.read()
+            told.read()
         if answer:
             raise MachineError(answer.decode(errors="surrogateescape").rstrip("\n"))
         message = f"the daemon for {record.mountpoint} died before the mount answered"
@@ -116,29 +120,57 @@ def run_background(serve: Serve, record: Record, claim: Claim) -> Record:
         claim.hand_over()
 
 
-def _fork_daemon(serve: Serve, record: Record, claim: Claim, tell: int) -> NoReturn:
+_READY: Final = b"ready\n"
+_HEARD: Final = b"!"
+"""The answer to `_READY`: without it nobody knows of the mount, and the daemon ends."""
+_PATIENCE: Final = 10.0
+"""Seconds to wait for a daemon to be gone that is not wanted any more."""
+
+
+@contextlib.contextmanager
+def _dismissing(daemon: socket.socket) -> Iterator[None]:
+    """Let a daemon go if the block is left by an exception, and return when it has taken down what it had put up."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            daemon.shutdown(socket.SHUT_WR)
+            daemon.settimeout(_PATIENCE)
+            while daemon.recv(4096):
+                pass
+        raise
+
+
+def _fork_daemon(serve: Serve, record: Record, claim: Claim, starter: socket.socket) -> NoReturn:
     """Be the process between the command and the daemon, for a moment."""
     status = 0
     try:
         if os.fork() == 0:
-            _daemon(serve, record, claim, tell)
+            _daemon(serve, record, claim, starter)
     except OSError as error:
         status = MachineError.exit_code
-        os.write(
-            tell, f"cannot start a daemon for {record.mountpoint}: {error.strerror}\n".encode(errors="surrogateescape")
-        )
+        _say(starter, f"cannot start a daemon for {record.mountpoint}: {error.strerror}\n")
     finally:
         os._exit(status)
 
 
-def _daemon(serve: Serve, record: Record, claim: Claim, tell: int) -> NoReturn:
-    """Be the daemon; never returns. What goes wrong before readiness is told through the pipe, later into the log."""
-    status = 0
+def _say(starter: socket.socket, line: str) -> None:
+    with contextlib.suppress(OSError):
+        starter.sendall(line.encode(errors="surrogateescape"))
+
+
+class _AbandonedError(MachineError):
+    """Whoever wanted the mount is gone."""
+
+
+def _daemon(serve: Serve, record: Record, claim: Claim, starter: socket.socket) -> NoReturn:
+    """Be the daemon; never returns. What goes wrong before readiness is told to the starter, later to the log."""
+    status, keep_log = 0, False
     try:
         os.setsid()
         os.chdir("/")
         _forget_handlers()
-        _close_inherited(keep=(tell,))
+        _close_inherited()
         log_to_background(claim.log)
         null = os.open(os.devnull, os.O_RDWR)
         # libfuse says on stderr why a mount failed; let it until that is decided.
@@ -146,26 +178,26 @@ def _daemon(serve: Serve, record: Record, claim: Claim, tell: int) -> NoReturn:
             os.dup2(null, stream)
 
         def announce() -> None:
+            heard = b""
+            with contextlib.suppress(OSError):
+                starter.sendall(_READY)
+                heard = starter.recv(1)
             os.dup2(null, 2)
-            try:
-                os.write(tell, b"ready\n")
-            except BrokenPipeError:
-                message = f"the command that was to mount {record.mountpoint} was ended before it did"
-                raise MachineError(message) from None
-            os.close(tell)
+            if not heard:
+                raise _AbandonedError(f"the command that was to mount {record.mountpoint} was ended before it did")
+            starter.close()
 
         with listening(claim.socket) as asking:
             _Kept(record, claim, announce).served(serve, asking)
     except OcifsError as error:
-        status = error.exit_code
+        status, keep_log = error.exit_code, not isinstance(error, _AbandonedError)
         _log.error("%s", error)
-        with contextlib.suppress(OSError):
-            os.write(tell, f"{error}\n".encode(errors="surrogateescape"))
+        _say(starter, f"{error}\n")
     except BaseException:  # noqa: BLE001 (nothing may return into the parent's code)
-        status = 70  # EX_SOFTWARE in sysexits.h: a bug
+        status, keep_log = 70, True  # EX_SOFTWARE in sysexits.h: a bug
         _log.exception("the daemon ended in a way that was not foreseen")
     finally:
-        claim.release(keep_log=status != 0)
+        claim.release(keep_log=keep_log)
         logging.shutdown()
         # Not sys.exit: nothing of the parent's (its atexit functions, its buffers) may run in the child.
         os._exit(status)
@@ -180,7 +212,7 @@ def _forget_handlers() -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
-def _close_inherited(keep: Sequence[int]) -> None:
+def _close_inherited() -> None:
     """Close what whoever ran us had open and left to us: a lock, a pipe that somebody reads to its end.
 
     Python opens everything close-on-exec, so what is not is not ours.
@@ -188,7 +220,7 @@ def _close_inherited(keep: Sequence[int]) -> None:
     for name in os.listdir("/proc/self/fd"):
         fd = int(name)
         with contextlib.suppress(OSError):
-            if fd > 2 and fd not in keep and os.get_inheritable(fd):  # noqa: PLR2004 (beyond the standard streams)
+            if fd > 2 and os.get_inheritable(fd):  # noqa: PLR2004 (beyond the standard streams)
                 os.close(fd)
 
 

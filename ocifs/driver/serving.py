@@ -36,7 +36,7 @@ def serve_fuse(
     async def begin() -> None:
         keeper.attached(session.device)
         await in_thread(prove)
-        keeper.ready()
+        await in_thread(keeper.ready)
 
     async def end() -> None:
         pass  # pyfuse3 unmounts
@@ -86,7 +86,7 @@ def serve_erofs(
 
     async def begin() -> None:
         await in_thread(mount)
-        keeper.ready()
+        await in_thread(keeper.ready)
 
     async def end() -> None:
         await in_thread(unmount)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from ocifs.mountinfo import mounts
 from tests.support import layout
 from tests.support.mounting import ROOT, Process, command, force_away, in_mountinfo, ocifs, record_of, run
 from tests.support.tarball import DIR, SYMLINK, entry, tarball
@@ -97,8 +98,7 @@ def clear_away(directory: Path) -> None:
 
 def mounted_in(directory: Path) -> list[str]:
     """What is mounted below a directory, by name."""
-    lines = Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
-    inside = [line.split(" ")[4] for line in lines]
+    inside = (os.fsdecode(entry.mountpoint) for entry in mounts())
     return sorted(os.path.relpath(place, directory) for place in inside if place.startswith(f"{directory}/"))
 
 
