@@ -125,9 +125,16 @@ def test_wrong_words_end_with_2_and_one_line(run: Run, words: list[str], message
     assert err.count("\n") == 1
 
 
-def test_output_that_cannot_be_written_is_a_failure_of_the_machine() -> None:
+@pytest.mark.parametrize(
+    ("words", "extra"),
+    [(["ls", SAMPLE], {}), (["--help"], {}), (["ls", "--help"], {}), ([], {"_OCIFS_COMPLETE": "bash_source"})],
+    ids=["output", "help", "help of a command", "completion"],
+)
+def test_output_that_cannot_be_written_is_a_failure_of_the_machine(words: list[str], extra: dict[str, str]) -> None:
     with Path("/dev/full").open("wb") as full:
-        done = subprocess.run([*OCIFS, "ls", SAMPLE], stdout=full, stderr=subprocess.PIPE, check=False)
+        done = subprocess.run(
+            [*OCIFS, *words], stdout=full, stderr=subprocess.PIPE, env={**os.environ, **extra}, check=False
+        )
     assert done.returncode == 6
     assert done.stderr == f"ocifs: cannot write to standard output: {os.strerror(errno.ENOSPC)}\n".encode()
 

@@ -55,9 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from ocifs.cli.output import complain, discard_output, flush, sentence
 
     words = sys.argv[1:] if arguments is None else list(arguments)
-    if "_OCIFS_COMPLETE" in os.environ:
-        ocifs.main(words, "ocifs")  # a shell asks what can follow: click answers and exits
     try:
+        if "_OCIFS_COMPLETE" in os.environ:
+            ocifs.main(words, "ocifs")  # a shell asks what can follow: click answers and exits
         # Not ocifs.main(): that has an opinion of its own on Ctrl-C and on broken pipes.
         with ocifs.make_context("ocifs", words) as context:
             ocifs.invoke(context)
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         discard_output()
         return EXIT_INTERRUPTED
     except Exception as error:  # noqa: BLE001 (the last boundary: a bug must read like one, not like a crash)
-        return _bug(error)
+        return _unforeseen(error)
     return 0
 
 
@@ -104,14 +104,20 @@ def _after_output(status: int) -> int:
     return status
 
 
-def _bug(error: Exception) -> int:
+def _unforeseen(error: Exception) -> int:
+    """Call it a bug, unless click could not write: what --help and --version print goes out through click alone."""
     import logging
+    import traceback
 
-    from ocifs.cli.output import complain, discard_output
+    from ocifs.cli.output import complain, discard_output, unwritable
 
+    frames = (frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__))
+    if isinstance(error, OSError) and click.echo.__code__ in frames:
+        failed = unwritable(error)
+        complain(str(failed))
+        discard_output()
+        return failed.exit_code
     if logging.getLogger("ocifs").isEnabledFor(logging.INFO):
-        import traceback
-
         traceback.print_exception(error)
     what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     complain(f"this is a bug, please report it with the command you ran and what it prints with -v: {what}")

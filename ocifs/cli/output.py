@@ -37,7 +37,12 @@ def write(data: bytes | memoryview) -> None:
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise MachineError(f"cannot write to standard output: {error.strerror}") from error
+        raise unwritable(error) from error
+
+
+def unwritable(error: OSError) -> MachineError:
+    """Say that standard output takes nothing more, and why."""
+    return MachineError(f"cannot write to standard output: {error.strerror}")
 
 
 def flush() -> None:
@@ -49,7 +54,7 @@ def flush() -> None:
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise MachineError(f"cannot write to standard output: {error.strerror}") from error
+        raise unwritable(error) from error
 
 
 def discard_output() -> None:
