@@ -599,6 +599,7 @@ def test_cache_info_ls_gc_and_clear(run: Run) -> None:
         "layers": 3,
         "trees": 1,
         "reframed": 0,
+        "histories": 0,
         "archives": 0,
     }
     listed = json_lines(run("cache", "ls", "--json").out)
