@@ -247,6 +247,11 @@ def _number(field: bytes) -> int:
     return value
 
 
+def header_size(block: bytes) -> int:
+    """Read the size field of a header block that `TarScanner` has accepted. ValueError: it is no number."""
+    return _number(block[124:136])
+
+
 # The checksum of a header is the sum of its 512 bytes with the eight checksum bytes taken as spaces. Summing in Python
 # costs 3 µs, a third of what an entry may cost at all. But Adler-32's low half is 1 plus the sum of the bytes modulo
 # 65521, and 256 bytes add up to at most 65280: so two Adler sums give the exact sum of all bytes.
