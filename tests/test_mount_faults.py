@@ -373,6 +373,33 @@ def test_where_the_log_lies_the_disk_may_be_full(tmp_path: Path, driver: str) ->
         assert record_of(at.mnt) is None
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs needs root")
+@pytest.mark.parametrize(("files", "lacking"), [(2, ".json"), (3, ".log"), (4, ".socket")])
+def test_where_records_lie_there_may_be_no_room_for_files(tmp_path: Path, files: int, lacking: str) -> None:
+    """The first two are the file system's root and the runtime directory."""
+    at = place(tmp_path, "gzip")
+    at.mnt.mkdir()
+    with small_disk(tmp_path / "disk", f"256k,nr_inodes={files}") as disk:
+        runtime = disk / "run"
+        done = ocifs(
+            "mount",
+            "--driver",
+            "fuse",
+            "--cache-dir",
+            at.cache,
+            at.reference,
+            at.mnt,
+            env={"OCIFS_RUNTIME_DIR": str(runtime)},
+        )
+        assert (done.returncode, done.stdout) == (6, "")
+        assert re.fullmatch(
+            rf"ocifs: cannot keep a record in the runtime directory: {runtime}/\w+{lacking}: No space left on device\n",
+            done.stderr,
+        )
+        assert not [path for path in runtime.iterdir() if path.suffix != ".log"]
+    force_away(at.mnt)
+
+
 def fill(path: Path) -> None:
     """Write until the disk is full."""
     with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):

@@ -5,8 +5,9 @@ mount point, starts a daemon, and waits until it says that the mount has answere
 
 How a mount ends
     SIGTERM, SIGINT, SIGHUP or an unmount by anyone: the session loop returns, the mount is taken down if it is still there,
-    the record goes, exit status 0. After kill -9 the kernel answers ENOTCONN on the mount point; the next ``ocifs mount``
-    or ``ocifs umount`` of that directory removes the dead mount.
+    the record goes, exit status 0. Data that cannot be read, from a server that is gone, keeps it waiting for seconds only
+    (`ocifs.driver.session`). After kill -9 the kernel answers ENOTCONN on the mount point; the next ``ocifs mount`` or
+    ``ocifs umount`` of that directory removes the dead mount.
 
     Under the ``erofs`` driver the mount itself outlives a killed daemon and answers ENOTCONN or EIO for what the kernel has
     not cached; those two commands find it by the record that nobody has locked.
@@ -21,7 +22,7 @@ How a mount ends
 =============  ==================================================================
 """
 
-from ocifs.daemon.mountpoints import check_machine, clean_up, prepare_mountpoint, statistics_at, unmount, users_of
+from ocifs.daemon.mountpoints import check_machine, clean_up, end, prepare_mountpoint, statistics_at, unmount, users_of
 from ocifs.daemon.records import FS_TYPES, Claim, Listed, Record, State, records, runtime_dir
 from ocifs.daemon.running import now_ns, private_place, run_background, run_foreground
 
@@ -33,6 +34,7 @@ __all__ = [
     "State",
     "check_machine",
     "clean_up",
+    "end",
     "now_ns",
     "prepare_mountpoint",
     "private_place",

@@ -11,6 +11,8 @@ import os
 from pathlib import Path
 from typing import TextIO
 
+from ocifs.daemon.records import told_plainly
+
 _LOG_LIMIT = 1 << 20
 """Bytes in a log file before it is begun anew: 1 MiB."""
 
@@ -31,7 +33,10 @@ class _BoundedLog(logging.StreamHandler[TextIO]):
 
 
 def log_to_background(path: Path) -> None:
-    """Send the log to a file beside the record and, where there is one, to the system's log."""
+    """Send the log to a file beside the record and, where there is one, to the system's log.
+
+    Raises `MachineError` if there is no room for the file.
+    """
     import logging.handlers  # noqa: PLC0415 (pulls in sockets and pickle, which nothing else needs)
 
     # What cannot be logged, because the disk is full or the system's log is gone, is lost. Else the logging module says so
@@ -40,7 +45,11 @@ def log_to_background(path: Path) -> None:
     root = logging.getLogger()
     for handler in list(root.handlers):
         root.removeHandler(handler)
-    file = _BoundedLog(path)
+    root.addHandler(logging.NullHandler())  # without any, Python itself writes to standard error
+    try:
+        file = _BoundedLog(path)
+    except OSError as error:
+        raise told_plainly(path, error) from error
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     root.addHandler(file)
     if Path("/dev/log").exists():
