@@ -582,6 +582,19 @@ def test_index_says_what_it_built_and_what_was_there(run: Run) -> None:
     assert [" ".join(line.split()[2:4]) for line in again[1:]] == ["there already"] * 4
 
 
+def test_index_of_several_images_tells_of_those_that_it_could_index(run: Run, tmp_path: Path) -> None:
+    missing = f"oci:{tmp_path}/missing"
+    status, out, err = run("index", missing, SAMPLE)
+    assert (status, err) == (3, f"ocifs: {tmp_path}/missing: No such file or directory\n")
+    assert [line.split()[:3] for line in out.decode().splitlines()[1:]] == [
+        [SAMPLE, "1", "built"],
+        [SAMPLE, "2", "built"],
+        [SAMPLE, "3", "built"],
+        [SAMPLE, "tree", "built"],
+    ]
+    assert run("index", missing)[:2] == (3, b"")
+
+
 def test_index_shares_layers_between_images(run: Run) -> None:
     assert run("index", SAMPLE).status == 0
     other = run("index", "--platform", "linux/arm64", SAMPLE).out.decode().splitlines()

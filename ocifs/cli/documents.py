@@ -385,12 +385,17 @@ class _Witness:
 @opt.refs_argument
 @opt.tree_options
 def index(choice: Choice, refs: tuple[str, ...]) -> None:
-    """Index images now, so that mounting and listing them later takes no time. Prints what was done for each layer."""
+    """Index images now, so that mounting and listing them later takes no time. Prints what was done for each layer.
+
+    Of several images one that fails is reported, and the others are indexed all the same.
+    """
     rows: list[tuple[str, ...]] = []
-    for ref in refs:
-        rows += _indexed(choice, ref)
-    header = ("IMAGE", "LAYER", "INDEX", "STORED", "TAR", "RATIO", "ENTRIES", "SPANS", "SECONDS")
-    output.print_table(header, rows, right=(1, 3, 4, 5, 6, 7, 8))
+    try:
+        opt.for_each(refs, lambda ref: rows.extend(_indexed(choice, ref)))
+    finally:
+        if rows:
+            header = ("IMAGE", "LAYER", "INDEX", "STORED", "TAR", "RATIO", "ENTRIES", "SPANS", "SECONDS")
+            output.print_table(header, rows, right=(1, 3, 4, 5, 6, 7, 8))
 
 
 def _indexed(choice: Choice, ref: str) -> list[tuple[str, ...]]:
