@@ -96,6 +96,13 @@ _NUMBER: Final = re.compile(r"@([0-9]+)")
 _MAX_COUNT: Final = 2**31 - 1
 _WORD: Final = re.compile(r"[a-z][a-z0-9+-]*")
 _OCIDIR: Final = "ocidir://"
+_PART: Final = r"[a-z0-9][a-z0-9._-]*"
+_ELSEWHERE: Final = re.compile(
+    r"(?P<transport>docker://|docker-daemon:|containers-storage:)?"
+    rf"(?P<name>(?:{_PART}(?::[0-9]+)?/)?(?:{_PART}/)*(?P<last>{_PART})"
+    r"(?::(?P<tag>[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}))?(?P<digest>@[a-z0-9]+:[0-9a-f]+)?)"
+)
+"""A name as registries have them, or a container engine's own store: ``docker.io/library/alpine:3.20``."""
 _SCHEMES: Final = ", ".join(f"{scheme.value}:" for scheme in Scheme if scheme.value)
 
 
@@ -166,8 +173,22 @@ def _scheme(text: str, body: str, exists: Callable[[bytes], bool]) -> tuple[Sche
     if "#" in body:
         raise UsageError(f"{text!r} does not exist; behind # would come a number of layers, from 1, at the very end")
     if colon and _WORD.fullmatch(word):
-        raise UsageError(f"{text!r} is not a path that exists, and {word!r} is none of {_SCHEMES} ocidir://")
-    raise NotFoundError(f"{text!r}: no such file or directory, nor a reference such as oci:PATH:TAG")
+        message = f"{text!r} is not a path that exists, and {word!r} is none of {_SCHEMES} ocidir://"
+        raise UsageError(message + _how_to_copy(text))
+    message = f"{text!r}: no such file or directory, nor a reference such as oci:PATH:TAG"
+    raise NotFoundError(message + _how_to_copy(text))
+
+
+def _how_to_copy(text: str) -> str:
+    """Say how an image gets here from a registry, if the text may name one there; else nothing."""
+    cut = _UPTO.fullmatch(text)
+    match = _ELSEWHERE.fullmatch(cut[1] if cut else text)
+    # A dot in the last part is more likely a file's suffix.
+    if match is None or ("." in match["last"] and not (match["transport"] or match["tag"] or match["digest"])):
+        return ""
+    source = f"{match['transport'] or 'docker://'}{match['name']}"
+    target = f"oci:{match['last']}:{match['tag'] or 'latest'}"
+    return f"; if it is in a registry, copy it first: skopeo copy {source} {target}"
 
 
 def _path(text: str) -> bytes:

@@ -110,6 +110,35 @@ def test_what_is_no_reference_says_why(text: str, error: type[OcifsError], messa
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "command"),
+    [
+        ("alpine:latest", "docker://alpine:latest oci:alpine:latest"),
+        ("alpine", "docker://alpine oci:alpine:latest"),
+        ("alpine:3.20#2", "docker://alpine:3.20 oci:alpine:3.20"),
+        ("docker.io/library/alpine", "docker://docker.io/library/alpine oci:alpine:latest"),
+        ("quay.io/a/b_c:v1.0", "docker://quay.io/a/b_c:v1.0 oci:b_c:v1.0"),
+        ("localhost:5000/x:1", "docker://localhost:5000/x:1 oci:x:1"),
+        (f"debian@sha256:{HEX}", f"docker://debian@sha256:{HEX} oci:debian:latest"),
+        ("docker://alpine", "docker://alpine oci:alpine:latest"),
+        ("docker-daemon:app:1", "docker-daemon:app:1 oci:app:1"),
+    ],
+)
+def test_of_a_name_in_a_registry_the_command_is_said_that_copies_it(text: str, command: str) -> None:
+    with pytest.raises(OcifsError) as caught:
+        parse(text, exists=nothing)
+    assert str(caught.value).endswith(f"; if it is in a registry, copy it first: skopeo copy {command}")
+
+
+@pytest.mark.parametrize(
+    "text", ["./alpine", "/alpine", "../a/b", "app.tar", "images/app.tar", "Images/app", "oic:a/b:1"]
+)
+def test_of_what_can_be_no_name_in_a_registry_nothing_is_said_of_them(text: str) -> None:
+    with pytest.raises(OcifsError) as caught:
+        parse(text, exists=nothing)
+    assert "skopeo" not in str(caught.value)
+
+
 def test_c5_a_digest_of_an_unknown_algorithm_is_a_digest() -> None:
     parsed = parse("oci:a@blake3:" + "b" * 64, exists=nothing)
     assert parsed.selector.digest == Digest("blake3", "b" * 64)
