@@ -100,7 +100,7 @@ RULES: Final[Mapping[str, str]] = MappingProxyType(
         "C7": "layers: null, foreign files in a layout and unknown media types in an index do no harm",
         "C8": "a rootfs type other than layers, or a wrong number of diff IDs: refused",
         "C9": "the platform's first match is taken, never an attestation; no match is an error that lists them",
-        "C10": "what is no root file system (charts, attestations, encrypted layers) is listed and not mounted",
+        "C10": "what is no root file system (charts, attestations) shows its blobs as files; an encrypted layer is refused",
         "C11": "docker-archives of all writers: linked layers, keys in any case, compressed, hybrids, several images",
         "C12": "no name given: the only image there is, else an error that lists the names",
         "L1": "a path of more than 4095 bytes (65536 as spelt) is left out, with a warning",

@@ -35,7 +35,7 @@ from ocifs import layer_index
 from ocifs.compression import Compression
 from ocifs.errors import CacheDamagedError, DamagedError, MachineError, OcifsError, StaleFormatError, UnsupportedError
 from ocifs.forked import run_forked
-from ocifs.layer_index import Build, Built, Expected, LayerIndex, Mismatch, child, load, passes
+from ocifs.layer_index import Build, Built, Content, Expected, LayerIndex, Mismatch, child, load, passes
 from ocifs.layer_index import format as format_module
 from ocifs.layer_index.job import Job
 from ocifs.spec import DiffID, Digest
@@ -99,14 +99,14 @@ def indexed(
     expected: Expected | None = None,
     *,
     tolerant: bool = False,
-    archive: bool = False,
+    content: Content = Content.LAYER,
     progress: Callable[[int], None] | None = None,
 ) -> Indexed:
     blob = MemoryBlob(data) if isinstance(data, bytes) else data
     with contextlib.ExitStack() as stack:
         out, copy = (stack.enter_context(open(os.memfd_create(name), "w+b")) for name in ("index", "copy"))
         built = layer_index.build(
-            blob, out=out, reframed=copy, expected=expected, tolerant=tolerant, archive=archive, progress=progress
+            blob, out=out, reframed=copy, expected=expected, tolerant=tolerant, content=content, progress=progress
         )
         index_bytes, copy_bytes = (os.pread(file.fileno(), 1 << 30, 0) for file in (out, copy))
     source = copy_bytes if built.reframed else blob.read_at(0, blob.size)
@@ -273,7 +273,8 @@ def test_what_has_no_restart_points_is_reframed(how: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(passes, "MAX_SPAN", 4 << 20)
     data = layer()
     stored = made(how)
-    one = indexed(stored, Expected(len(stored), Digest.of(stored), DiffID.of(data)), archive=how in ARCHIVES)
+    content = Content.ARCHIVE if how in ARCHIVES else Content.LAYER
+    one = indexed(stored, Expected(len(stored), Digest.of(stored), DiffID.of(data)), content=content)
     assert one.built.reframed
     assert (one.index.reframed, one.index.stored_size) == (True, len(stored))
     assert one.index.data_size == len(one.source)
@@ -588,7 +589,7 @@ def memory_of_a_pass(stored: bytes) -> int:
             peak.write("5")  # proc(5): the peak is what there is now
         before = kib("VmRSS")
         with open(os.memfd_create("out"), "w+b") as index, open(os.memfd_create("copy"), "w+b") as copy:
-            passes.run(Job(MemoryBlob(stored), Expected(), index, copy, tolerant=False, archive=False), lambda _: None)
+            passes.run(Job(MemoryBlob(stored), Expected(), index, copy, tolerant=False), lambda _: None)
         told.write(b"%d" % (1024 * (kib("VmHWM") - before)))
         told.flush()
 

@@ -251,7 +251,7 @@ def _plan(
     from ocifs.bundle.lifecycle import Plan
     from ocifs.reference import parse
 
-    options = choice.image_options()
+    options = msgspec.structs.replace(choice.image_options(), rootfs_only=True)
     if options.containerd_root is not None:
         options = msgspec.structs.replace(options, containerd_root=os.path.abspath(options.containerd_root))
     wanted = Wanted(

@@ -54,6 +54,7 @@ class Choice:
     show_whiteout_devices: bool = False
     follow_dirlinks: bool = False
     all_xattrs: bool = False
+    unpack: bool = False
     cache_memory: str | None = None
 
     def image_options(self) -> ImageOptions:
@@ -71,6 +72,7 @@ class Choice:
             show_whiteout_devices=self.show_whiteout_devices,
             follow_dirlinks=self.follow_dirlinks,
             all_xattrs=self.all_xattrs,
+            unpack=self.unpack,
             namespace=self.namespace,
             containerd_root=self.root,
         )
@@ -142,6 +144,7 @@ _TREE: Final = (
     click.option("--layer", metavar="N", type=int, help="Layer N alone, its whiteouts as empty files .wh.*."),
     click.option("--show-whiteout-devices", is_flag=True, help="Show character devices 0:0 instead of obeying them."),
     *_DIRLINKS,
+    click.option("--unpack", is_flag=True, help="Of an artifact (a chart, a package), show tars as directories."),
     click.option("--all-xattrs", is_flag=True, help="Show attributes that are usually hidden, as security.selinux."),
 )
 _MEMORY: Final = (

@@ -28,25 +28,27 @@ import hashlib
 import logging
 import os
 import resource
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Self
 
 import msgspec
 
-from ocifs import image_tree, reference, sources
+from ocifs import compression, image_tree, reference, sources
 from ocifs.errors import CacheDamagedError, MachineError, UnsupportedError, UsageError
 from ocifs.forked import run_forked
+from ocifs.image import artifact
 from ocifs.image.indexing import Indexing, OpenLayer, Progress, Silent, layer_key
 from ocifs.image.outer import open_outer_archive
 from ocifs.image_tree import ImageTree
+from ocifs.layer_index import Content
 from ocifs.reference import Reference
 from ocifs.rules import RULES_VERSION, MergeOptions, MountPoint
 from ocifs.sources import Blob, LayerBlob, ResolvedImage
 from ocifs.spec import Platform
 from ocifs.store import Kind, Store, StoredFile
-from ocifs.tree import Warned
+from ocifs.tree import Tree, Warned
 
 __all__ = [
     "Image",
@@ -87,6 +89,10 @@ class ImageOptions(msgspec.Struct, frozen=True):
     containerd_root: str | None = None
     mount_points: tuple[MountPoint, ...] = ()
     """See `MergeOptions`."""
+    rootfs_only: bool = False
+    """Refuse what is no root file system, instead of showing its blobs as files."""
+    unpack: bool = False
+    """Of an artifact, show blobs that are tars as directories."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -198,10 +204,11 @@ def open_layers(
     Several are built at once. Raises what makes a layer unusable (missing, encrypted, not what was expected) unless
     ``options.examine`` can make do.
     """
-    artifact = resolved.image.artifact
-    if artifact is not None:
+    what = resolved.image.artifact
+    if what is not None:
         message = (
-            f"{resolved.reference.text} is no root file system but {artifact}; 'ocifs inspect' shows what is in it"
+            f"{resolved.reference.text} is no root file system but {what}; 'ocifs mount' shows its blobs as files, and "
+            "'ocifs inspect' its documents"
         )
         raise UnsupportedError(message)
     _allow_many_files()
@@ -250,16 +257,25 @@ def open_image(text: str, store: Store, options: ImageOptions, progress: Progres
 
 def _open_image(text: str, store: Store, options: ImageOptions, progress: Progress) -> Image:
     resolved = resolve(text, options, store, progress)
-    layers = open_layers(resolved, store, options, progress)
+    is_artifact = resolved.image.artifact is not None and not options.rootfs_only
+    contents: tuple[Content, ...] = ()
     with ExitStack() as undo:
+        if is_artifact:
+            layers, contents = _open_blobs(resolved, store, options, progress)
+        else:
+            layers = open_layers(resolved, store, options, progress)
         for layer in layers:
             undo.callback(layer.close)
-        key = _tree_key(layers, options)
+        key = _artifact_key(resolved, layers) if is_artifact else _tree_key(layers, options)
+
+        def make() -> Tree:
+            return artifact.tree(resolved.image, layers, contents) if is_artifact else _merged(layers, options)
+
         tree, file = store.get_or_build(
             Kind.TREE,
             key,
             load=lambda file: (ImageTree.open(file.fd, name=file.name), file),
-            build=lambda: _build_tree(key, layers, store, options, progress),
+            build=lambda: _build_tree(key, layers, make, store, progress),
             waiting=lambda: progress.waiting("the merged tree"),
         )
         tree.on_damage = file.discard
@@ -288,14 +304,71 @@ def _tree_key(layers: Sequence[OpenLayer], options: ImageOptions) -> str:
     return hashlib.sha256(msgspec.json.encode(made_from)).hexdigest()
 
 
-def _build_tree(key: str, layers: Sequence[OpenLayer], store: Store, options: ImageOptions, progress: Progress) -> None:
+def _merged(layers: Sequence[OpenLayer], options: ImageOptions) -> Tree:
     from ocifs import overlay  # noqa: PLC0415 (a tree that is there already needs no merge)
 
-    progress.merging(len(layers))
     inputs = [
         overlay.LayerInput(layer.number, layer.index.entries(), layer.index.damage, layer.index.notices)
         for layer in layers
     ]
+    return overlay.merge(inputs, _merge_options(options))
+
+
+# -- artifacts -----------------------------------------------------------------------------------------------------
+
+
+def _open_blobs(
+    resolved: Resolved, store: Store, options: ImageOptions, progress: Progress
+) -> tuple[tuple[OpenLayer, ...], tuple[Content, ...]]:
+    """Open the blobs of an artifact: as bytes, or where tars are to be unpacked and it is one, as an archive."""
+    _allow_many_files()
+    blobs = chosen_layers(resolved, options)
+    opened: dict[int, OpenLayer] = {}
+    with ExitStack() as undo:
+        for content in (Content.ARCHIVE, Content.BYTES) if options.unpack else (Content.BYTES,):
+            # Whether it is an archive, and whole, is known afterwards; as bytes it must be what the manifest says.
+            indexing = Indexing(store, tolerant=options.examine or content is Content.ARCHIVE, progress=progress)
+            with ExitStack() as unopened:
+                for blob in blobs:
+                    if blob.number not in opened and (content is Content.BYTES or _may_be_tar(blob)):
+                        unopened.callback(indexing.add(blob, content).close)
+                indexing.finish()
+                found = [one.opened() for one in indexing.wanted]
+                unopened.pop_all()
+            for layer in found:
+                if content is Content.BYTES or artifact.is_tar(layer):
+                    undo.callback(layer.close)
+                    opened[layer.number] = layer
+                else:
+                    layer.close()
+        undo.pop_all()
+    layers = tuple(opened[blob.number] for blob in blobs)
+    return layers, tuple(Content.ARCHIVE if artifact.is_tar(layer) else Content.BYTES for layer in layers)
+
+
+def _may_be_tar(blob: LayerBlob) -> bool:
+    stored = blob.open_stored()
+    try:
+        kind = compression.detect(stored.read_at(0, compression.HEAD_SIZE))
+    finally:
+        stored.close()
+    return kind not in (compression.Compression.UNKNOWN, compression.Compression.EMPTY)
+
+
+def _artifact_key(resolved: Resolved, layers: Sequence[OpenLayer]) -> str:
+    # The manifest names the blobs; their keys say which of them are unpacked.
+    found = resolved.image
+    made_from = (image_tree.FORMAT_VERSION, RULES_VERSION, str(found.manifest_digest), [layer.key for layer in layers])
+    return hashlib.sha256(b"artifact" + msgspec.json.encode(made_from)).hexdigest()
+
+
+# -- writing it ----------------------------------------------------------------------------------------------------
+
+
+def _build_tree(
+    key: str, layers: Sequence[OpenLayer], make: Callable[[], Tree], store: Store, progress: Progress
+) -> None:
+    progress.merging(len(layers))
     by_number = {layer.number: layer for layer in layers}
     # Device N of the tree is layer N; a layer shown alone leaves the devices before it empty.
     devices = [
@@ -307,7 +380,7 @@ def _build_tree(key: str, layers: Sequence[OpenLayer], store: Store, options: Im
         def work() -> None:
             # Nothing here is garbage until the child ends, and looking for it takes a third of the time.
             gc.disable()
-            tree = overlay.merge(inputs, _merge_options(options))
+            tree = make()
             try:
                 image_tree.write(tree, new.file, layers=devices, rules_version=RULES_VERSION, key=key)
                 new.file.flush()

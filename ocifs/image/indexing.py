@@ -19,6 +19,7 @@ from ocifs import compression, layer_index
 from ocifs.compression import Compression
 from ocifs.errors import DamagedError, MachineError, NotFoundError, OcifsError, StaleFormatError
 from ocifs.layer_data import LayerData
+from ocifs.layer_index import Content
 from ocifs.sources import LayerBlob
 from ocifs.spec import Digest
 from ocifs.store import Kind
@@ -103,18 +104,18 @@ class OpenLayer:
         self.data.close()
 
 
-def index_key(digest: Digest, diff_id: DiffID | None, *, archive: bool = False) -> str:
+def index_key(digest: Digest, diff_id: DiffID | None, content: Content = Content.LAYER) -> str:
     """Give the key of the index of a blob with this digest: the one place where such keys are made.
 
     An index holds one diff ID, which only one by the same algorithm can be compared with, so each algorithm has an index of
-    its own. ``archive``: an archive around an image, of which more is accepted than of a layer (xz, bzip2).
+    its own; and so has whatever the same blob can be taken for.
     """
-    prefix = "archive-" if archive else ""
+    prefix = "" if content is Content.LAYER else f"{content.value}-"
     suffix = f"-{diff_id.algorithm}" if diff_id is not None and diff_id.algorithm != "sha256" else ""
     return f"{prefix}{digest.algorithm}-{digest.hex}{suffix}"
 
 
-def layer_key(blob: LayerBlob, stored: Blob) -> str:
+def layer_key(blob: LayerBlob, stored: Blob, content: Content = Content.LAYER) -> str:
     """Under what a layer's index is kept: the blob's digest, else what a docker-archive says of it.
 
     A docker-archive gives only the diff ID, which the same layer has however it was compressed. So compression and stored
@@ -125,7 +126,7 @@ def layer_key(blob: LayerBlob, stored: Blob) -> str:
     bytes refuses to decode the other: a false alarm, never wrong data.
     """
     if blob.digest is not None:
-        return index_key(blob.digest, blob.diff_id)
+        return index_key(blob.digest, blob.diff_id, content)
     diff_id = blob.diff_id
     if diff_id is None:
         message = f"layer {blob.number} has neither digest nor diff ID to vouch for it; --examine reads it anyway"
@@ -141,11 +142,17 @@ class Wanted:
     """A layer on its way to being open: its blob, its key, and its index once that is loaded."""
 
     def __init__(
-        self, store: Store, blob: LayerBlob, stored: Blob, *, tolerant: bool = False, archive: bool = False
+        self,
+        store: Store,
+        blob: LayerBlob,
+        stored: Blob,
+        *,
+        tolerant: bool = False,
+        content: Content = Content.LAYER,
     ) -> None:
         """Take over ``stored``, unless this raises: `DamagedError` for a layer that nothing vouches for."""
         self.tolerant = tolerant
-        self.archive = archive
+        self.content = content
         self.blob = blob
         self.stored = stored
         self.index: LayerIndex | None = None
@@ -153,8 +160,8 @@ class Wanted:
         self.builds = 0
         self._store = store
         # What a source does not vouch for is known only once it was read.
-        unnamed = blob.digest is None and blob.diff_id is None and (tolerant or archive)
-        self._named = None if unnamed else layer_key(blob, stored)
+        unnamed = blob.digest is None and blob.diff_id is None and (tolerant or content is Content.ARCHIVE)
+        self._named = None if unnamed else layer_key(blob, stored, content)
         self._built: str | None = None
         self.lock_key = self._named or f"unread-{_hashed(stored.identity() or stored.name)}"
         """Under what the right to build is taken."""
@@ -166,18 +173,18 @@ class Wanted:
 
     def _remembered(self) -> str | None:
         """The key under which this very file was indexed as what it is, which is not what the image says it is."""
-        if not self.tolerant and not self.archive:
+        if not self.tolerant and self.content is not Content.ARCHIVE:
             return None
         digest = remembered(self._store, self.stored)
         said = self.blob.digest
         if digest is None or (said is not None and said.algorithm != digest.algorithm):
             return None
-        return index_key(digest, self.blob.diff_id, archive=self.archive)
+        return index_key(digest, self.blob.diff_id, self.content)
 
     def built(self, built: layer_index.Built) -> str:
         """Give the key for what was built: its actual digest if it is not what it was expected to be."""
         if built.mismatches or self._named is None:
-            self._built = index_key(built.digest, built.diff_id, archive=self.archive)
+            self._built = index_key(built.digest, built.diff_id, self.content)
         else:
             self._built = self._named
         return self._built
@@ -216,7 +223,7 @@ class Wanted:
         if self.blob.diff_id is not None and self.blob.diff_id.algorithm != index.diff_id.algorithm:
             message = f"{index.name} holds a diff ID by {index.diff_id.algorithm}, not by {self.blob.diff_id.algorithm}"
             raise StaleFormatError(message)
-        if not self.archive and index.compression in (Compression.XZ, Compression.BZIP2):
+        if self.content is Content.LAYER and index.compression in (Compression.XZ, Compression.BZIP2):
             message = f"{index.name} is of an archive compressed with {index.compression.value}, which no layer is"
             raise StaleFormatError(message)
 
@@ -295,7 +302,7 @@ class _Job:
                     reframed=self._copy_file.file,
                     expected=layer_index.Expected(blob.size if blob.digest else None, blob.digest, blob.diff_id),
                     tolerant=wanted.tolerant,
-                    archive=wanted.archive,
+                    content=wanted.content,
                 )
             )
             self._undo = undo.pop_all()
@@ -330,18 +337,24 @@ class Indexing:
         self._tolerant = tolerant
         self._progress = progress
 
-    def add(self, blob: LayerBlob) -> Wanted:
-        """Open a layer's blob and put it on the list. Raises what makes it unusable."""
+    def add(self, blob: LayerBlob, content: Content = Content.LAYER) -> Wanted:
+        """Open a layer's blob and put it on the list. Raises what makes it unusable as part of a root file system.
+
+        What is taken for something else need not be usable so, only there.
+        """
+        if content is not Content.LAYER:
+            return self._add(blob, blob.open_stored(), content)
         stored = blob.open_stored() if self._tolerant and not isinstance(blob.problem, NotFoundError) else blob.open()
-        return self._add(blob, stored, archive=False)
+        return self._add(blob, stored, Content.LAYER)
 
     def add_archive(self, stored: Blob) -> Wanted:
         """Put a compressed archive around the image on the list, as layer 0; ``stored`` is taken over."""
-        return self._add(LayerBlob(0, None, None, "", stored.size, None, None, lambda: stored), stored, archive=True)
+        blob = LayerBlob(0, None, None, "", stored.size, None, None, lambda: stored)
+        return self._add(blob, stored, Content.ARCHIVE)
 
-    def _add(self, blob: LayerBlob, stored: Blob, *, archive: bool) -> Wanted:
+    def _add(self, blob: LayerBlob, stored: Blob, content: Content) -> Wanted:
         try:
-            one = Wanted(self._store, blob, stored, tolerant=self._tolerant, archive=archive)
+            one = Wanted(self._store, blob, stored, tolerant=self._tolerant, content=content)
         except BaseException:
             stored.close()
             raise
@@ -367,7 +380,7 @@ class Indexing:
                     continue
             theirs = next((one for one in missing if one.index is None), None)
             if theirs is not None:
-                self._progress.waiting(theirs.stored.name if theirs.archive else f"layer {theirs.blob.number}")
+                self._progress.waiting(theirs.stored.name if not theirs.blob.number else f"layer {theirs.blob.number}")
                 with self._store.lock(Kind.LAYER, theirs.lock_key):
                     pass  # whoever had it is done; look again
 

@@ -8,7 +8,7 @@ Not here: where index files are kept (`ocifs.store`), what entries mean together
 spans (`ocifs.spans`).
 """
 
-from ocifs.layer_index.child import Build, Built, Expected, StoredBytes, build
+from ocifs.layer_index.child import Build, Built, Content, Expected, StoredBytes, build
 from ocifs.layer_index.format import (
     FORMAT_VERSION,
     LayerIndex,
@@ -24,6 +24,7 @@ __all__ = [
     "FORMAT_VERSION",
     "Build",
     "Built",
+    "Content",
     "Expected",
     "LayerIndex",
     "LayerRange",

@@ -22,9 +22,9 @@ import msgspec
 
 from ocifs.errors import MachineError
 from ocifs.forked import Child, Failed, died, start
-from ocifs.layer_index.job import Built, Expected, Job, StoredBytes
+from ocifs.layer_index.job import Built, Content, Expected, Job, StoredBytes
 
-__all__ = ["Build", "Built", "Expected", "StoredBytes", "build"]
+__all__ = ["Build", "Built", "Content", "Expected", "StoredBytes", "build"]
 
 _REPORT_EVERY: Final = 1 << 22
 """Bytes of progress between two reports through the pipe: 4 MiB, a hundred reports a second at most."""
@@ -52,7 +52,7 @@ def build(
     reframed: BinaryIO | None = None,
     progress: Callable[[int], None] | None = None,
     tolerant: bool = False,
-    archive: bool = False,
+    content: Content = Content.LAYER,
 ) -> Built:
     """Index ``blob`` into the file ``out``; returns when it is done.
 
@@ -60,12 +60,11 @@ def build(
     copy of a blob that has no restart points; `Built.reframed` says whether it was needed. Both files need descriptors,
     and hold rubbish after an error. ``progress`` is told how many stored bytes are done, 0 again if the blob has to be read
     again from its beginning. With ``tolerant`` (examination) what does not match is noted in the index instead of raised,
-    and data that breaks off is indexed up to there. With ``archive`` the blob is an outer archive, which may also be
-    compressed with xz or bzip2.
+    and data that breaks off is indexed up to there. ``content`` says what the blob is taken for.
     Raises `DamagedError` for a blob that is not what was expected or does not decode, `UnsupportedError` for one that is
     no layer, `MachineError` if the disk is full or the pass was killed.
     """
-    one = Build(blob, out=out, expected=expected, reframed=reframed, tolerant=tolerant, archive=archive)
+    one = Build(blob, out=out, expected=expected, reframed=reframed, tolerant=tolerant, content=content)
     with one:
         while not one.step():
             if progress is not None:
@@ -87,12 +86,12 @@ class Build:
         expected: Expected | None = None,
         reframed: BinaryIO | None = None,
         tolerant: bool = False,
-        archive: bool = False,
+        content: Content = Content.LAYER,
     ) -> None:
         """Start the child process."""
         from ocifs.layer_index import passes  # noqa: F401, PLC0415 (before the fork, so that not every child has to)
 
-        self._job = Job(blob, expected or Expected(), out, reframed, tolerant, archive)
+        self._job = Job(blob, expected or Expected(), out, reframed, tolerant, content)
         self._doing = f"indexes {blob.name}"
         self._certain = False
         self._outcome: Failed | _Finished | None = None

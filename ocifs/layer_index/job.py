@@ -5,6 +5,7 @@ A module of its own so that who only loads indexes does not load what builds the
 
 from __future__ import annotations
 
+import enum
 from typing import BinaryIO, NamedTuple, Protocol
 
 import msgspec
@@ -13,6 +14,17 @@ from ocifs.compression import Compression
 from ocifs.layer_index.format import Mismatch
 from ocifs.spec import DiffID, Digest
 from ocifs.tar import Damage
+
+
+class Content(enum.Enum):
+    """What a blob is taken for. The value is part of the names of indexes."""
+
+    LAYER = "layer"
+    """A tar: plain, or compressed with gzip or zstd."""
+    ARCHIVE = "archive"
+    """A tar that may also be compressed with xz or bzip2: what is around an image, or in an artifact."""
+    BYTES = "bytes"
+    """Bytes of any kind, as they are stored: an index without entries, for reading them at random."""
 
 
 class StoredBytes(Protocol):
@@ -67,4 +79,4 @@ class Job(NamedTuple):
     out: BinaryIO
     reframed: BinaryIO | None
     tolerant: bool
-    archive: bool
+    content: Content = Content.LAYER

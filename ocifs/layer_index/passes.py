@@ -46,7 +46,7 @@ from isal import isal_zlib
 from ocifs.compression import HEAD_SIZE, Compression, detect, restarts, streams, zstd
 from ocifs.errors import DamagedError, MachineError, OcifsError, UnsupportedError
 from ocifs.layer_index.format import Mismatch, Writer, pack_window
-from ocifs.layer_index.job import Built, Job
+from ocifs.layer_index.job import Built, Content, Job
 from ocifs.spec import DiffID, Digest, Hasher
 from ocifs.tar import TarScanner, TarSummary
 
@@ -161,7 +161,8 @@ class _Pass:
         blob, expected = self.blob, self.job.expected
         if expected.size is not None and blob.size != expected.size:
             self._mismatch("size", str(expected.size), str(blob.size), "bytes")
-        compression = detect(blob.read_at(0, HEAD_SIZE))
+        as_bytes = self.job.content is Content.BYTES
+        compression = Compression.PLAIN if as_bytes else detect(blob.read_at(0, HEAD_SIZE))
         reframed = False
         match compression:
             case Compression.EMPTY | Compression.PLAIN:
@@ -171,7 +172,7 @@ class _Pass:
             case Compression.ZSTD:
                 reframed = not self._zstd()
             case Compression.XZ | Compression.BZIP2:
-                if not self.job.archive:
+                if self.job.content is not Content.ARCHIVE:
                     self._check_digest(whole=False)
                     raise UnsupportedError(
                         f"{blob.name} is compressed with {compression.value}; layers are plain tar, gzip or zstd"
@@ -190,6 +191,8 @@ class _Pass:
 
     def _finish(self, compression: Compression, digest: Digest, diff_id: DiffID, *, reframed: bool) -> Built:
         summary: TarSummary = self._scanner.finish()
+        if self.job.content is Content.BYTES:
+            summary = TarSummary(self.blob.size, self.blob.size, None, (), None, 0)
         data_size = self.blob.size
         if reframed and self.job.reframed is not None:
             data_size = os.fstat(self.job.reframed.fileno()).st_size
@@ -288,7 +291,8 @@ class _Pass:
         for chunk in self._stored_chunks():
             if not same:
                 self._layer_lane.put(self._layer_hash.update, chunk)
-            self._scan(chunk)
+            if self.job.content is not Content.BYTES:
+                self._scan(chunk)
             view = memoryview(chunk)
             for at in range(0, len(view), PLAIN_SPAN):
                 piece = view[at : at + PLAIN_SPAN]

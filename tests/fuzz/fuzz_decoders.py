@@ -216,7 +216,8 @@ def stock(kind: Compression, stored: bytes) -> bytes | None:
 def built(stored: bytes, *, tolerant: bool) -> tuple[bytes, bytes]:
     """Index a blob in a child process; give the index file and what the index decodes to."""
     with open(os.memfd_create("index"), "w+b") as out, open(os.memfd_create("copy"), "w+b") as copy:
-        made = layer_index.build(_Bytes(stored), out=out, reframed=copy, tolerant=tolerant, archive=True)
+        content = layer_index.Content.ARCHIVE
+        made = layer_index.build(_Bytes(stored), out=out, reframed=copy, tolerant=tolerant, content=content)
         index_bytes, copy_bytes = (os.pread(file.fileno(), 1 << 30, 0) for file in (out, copy))
     index = layer_index.load(_Bytes(index_bytes))
     source = _Bytes(copy_bytes if made.reframed else stored)
