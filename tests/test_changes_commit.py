@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import signal
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from ocifs.changes.layout import LayoutWriter
 from ocifs.changes.recipe import Change, Instruction, parse_change, rfc3339
 from ocifs.errors import UsageError
 from tests.support import mounting
@@ -28,6 +31,9 @@ from tests.support.layout import (
     write_oci_archive,
 )
 from tests.support.tarball import entry, tarball
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="trusted.* attributes are shown to root only")
 
@@ -440,6 +446,115 @@ def test_what_a_killed_commit_left_behind_is_removed(run: Run, tmp_path: Path, u
         os.close(lock)
     assert {name for name in everything(out) if name.startswith(".")} == {".ocifs-commit-of-another"}
     assert tags(out).keys() == {"other", "new"}
+
+
+def at_step(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], object]) -> None:
+    """Do ``act`` before the ``number``-th thing that publishing asks of the system."""
+    publish, steps = LayoutWriter.publish, itertools.count(1)
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def doing(*words: Any, **more: Any) -> Any:
+            if next(steps) == number:
+                act()
+            return function(*words, **more)
+
+        return doing
+
+    def publishing(*words: Any) -> None:
+        with monkeypatch.context() as patch:
+            for name in ("mkdir", "open", "replace", "fsync"):
+                patch.setattr(os, name, counted(getattr(os, name)))
+            publish(*words)
+
+    monkeypatch.setattr(LayoutWriter, "publish", publishing)
+
+
+def full() -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def interrupted() -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("act", [full, interrupted])
+@pytest.mark.parametrize("fresh", [True, False])
+def test_publishing_is_done_or_undone(
+    run: Run, tmp_path: Path, upper: str, act: Callable[[], object], *, fresh: bool
+) -> None:
+    """Whatever step fails: what was there is there and nothing else, or the new image is."""
+    write_layout(tmp_path / "image", [ONE])
+    out = tmp_path / "out"
+    if not fresh:
+        put_image(out, make_image([TWO]), tag="other")
+    before, undone = everything(out), 0
+    for number in itertools.count(1):
+        with pytest.MonkeyPatch.context() as patch:
+            at_step(patch, number, act)
+            status = run("commit", "--image", str(tmp_path / "image"), upper, f"oci:{out}:new").status
+        if everything(out) == before:
+            assert out.exists() is not fresh
+            assert status in (6, 130)
+            undone += 1
+            continue
+        made(out)
+        assert {name.split("/")[0] for name in everything(out)} == {"blobs", "index.json", "oci-layout"}
+        break
+    assert undone > 10
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_publishing_is_killed_and_done_by_the_next(run: Run, tmp_path: Path, upper: str, *, fresh: bool) -> None:
+    write_layout(tmp_path / "image", [ONE])
+    for number in itertools.count(1):
+        out = tmp_path / f"out{number}"
+        if not fresh:
+            put_image(out, make_image([TWO]), tag="other")
+        words = ["commit", "--image", str(tmp_path / "image"), upper, f"oci:{out}:new"]
+        child = os.fork()
+        if child == 0:
+            with pytest.MonkeyPatch.context() as patch:
+                at_step(patch, number, lambda: os.kill(os.getpid(), signal.SIGKILL))
+                os._exit(run(*words).status)
+        _, status = os.waitpid(child, 0)
+        if (out / "index.json").exists():
+            assert tags(out).keys() in ({"other"}, {"other", "new"}, {"new"})
+        assert run(*words).status == 0
+        made(out)
+        assert {name.split("/")[0] for name in everything(out)} == {"blobs", "index.json", "oci-layout"}
+        if os.WIFEXITED(status):
+            assert number > 10
+            break
+
+
+def test_a_blob_that_goes_before_publishing_is_missed(
+    run: Run, tmp_path: Path, upper: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = write_layout(tmp_path / "image", [ONE], tag="base")
+    at_step(monkeypatch, 1, blob_path(tmp_path / "image", base["layers"][0]).unlink)
+    before = (tmp_path / "image/index.json").read_bytes()
+    status, _, err = run("commit", "--image", f"oci:{tmp_path}/image:base", upper, f"oci:{tmp_path}/image:new")
+    assert status == 7
+    assert err.endswith(f"/{base['layers'][0].removeprefix('sha256:')} was removed meanwhile: try again\n")
+    assert (tmp_path / "image/index.json").read_bytes() == before
+
+
+def test_a_place_that_cannot_be_written_to_is_not_left_half_made(
+    run: Run, tmp_path: Path, upper: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_layout(tmp_path / "image", [ONE])
+    assert run("index", str(tmp_path / "image")).status == 0
+    mkdir = os.mkdir
+
+    def refused(path: Any, *words: Any, **more: Any) -> None:
+        if b".ocifs-commit-" in os.fsencode(path):
+            full()
+        mkdir(path, *words, **more)
+
+    monkeypatch.setattr(os, "mkdir", refused)
+    status, _, err = run("commit", "--image", str(tmp_path / "image"), upper, f"oci:{tmp_path}/out:new")
+    assert (status, err) == (6, f"ocifs: cannot write to {tmp_path}/out: No space left on device\n")
+    assert not (tmp_path / "out").exists()
 
 
 def test_two_commits_at_once_both_count(tmp_path: Path, upper: str) -> None:

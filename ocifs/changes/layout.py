@@ -2,12 +2,14 @@
 
 Everything is written below a directory of its own in the layout, ``.ocifs-commit-…``. When all is there, each blob is
 renamed to where it belongs, then ``index.json`` is replaced by a new one. Whoever reads meanwhile sees the old index with
-all its blobs, or the new one with all of its own. A process that is killed leaves its directory behind; it is locked while
-it is in use, so the next one knows which to remove.
+all its blobs, or the new one with all of its own. What fails before the last step, or is interrupted, is undone. A process
+that is killed leaves its directory behind; it is locked while it is in use, so the next one knows which to remove. Killed
+in the moment of renaming it may leave blobs that no index names, in a layout that is one already.
 
 Two that write at once: the layout's directory is locked (flock(2)) from reading ``index.json`` to replacing it, so that
 neither takes away what the other has added; and while what was left behind is removed, so that nobody's beginning is. Other
-tools take no such lock; what they do at the same moment may be lost, as it is among themselves.
+tools take no such lock; what they do at the same moment may be lost, as it is among themselves. That blobs found here are
+still here is looked at once more under the lock.
 
 A blob that is there already, with the right size, is left alone. One of another layout on the same file system becomes a
 further name of the same file where the system allows it; its digest is computed first, as for every blob that is copied.
@@ -31,14 +33,14 @@ from typing import TYPE_CHECKING, Any, Final, Self
 import msgspec
 
 from ocifs.compression import HEAD_SIZE, Compression, detect
-from ocifs.errors import DamagedError, MachineError, UnsupportedError, UsageError
+from ocifs.errors import BusyError, DamagedError, MachineError, UnsupportedError, UsageError
 from ocifs.reference import Reference, Scheme
 from ocifs.sources import stored_pieces
 from ocifs.sources.blob import shown
 from ocifs.spec import Digest, Index, MediaType, parse_document
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from io import FileIO
 
     from ocifs.sources import Blob, LayerBlob
@@ -97,20 +99,28 @@ class LayoutWriter:
         """The layout's directory."""
         self._staging = os.path.join(path, _STAGING + secrets.token_hex(8).encode())
         self._staged: dict[Digest, bytes] = {}
+        self._found: dict[Digest, int] = {}
+        """Blobs that were here already, and their sizes."""
+        self._lock = -1
         with _sentence("make", path):
             self._made = _make_directory(path)
-        with _sentence("write to", path), self._locked():
-            if not _is_layout(path) and not all(name.startswith(_STAGING) for name in os.listdir(path)):
-                raise UsageError(f"{shown(path)} is neither an OCI layout nor an empty directory")
-            self._sweep()
-            os.mkdir(self._staging, 0o700)
-            self._lock = os.open(self._staging, _DIRECTORY)
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
+        try:
+            with _sentence("write to", path), self._locked():
+                if not _is_layout(path) and not all(name.startswith(_STAGING) for name in os.listdir(path)):
+                    raise UsageError(f"{shown(path)} is neither an OCI layout nor an empty directory")
+                self._sweep()
+                os.mkdir(self._staging, 0o700)
+                self._lock = os.open(self._staging, _DIRECTORY)
+                fcntl.flock(self._lock, fcntl.LOCK_EX)
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Remove what was not published, and a new layout that nothing was published to."""
         shutil.rmtree(self._staging, ignore_errors=True)
-        os.close(self._lock)
+        if self._lock >= 0:
+            os.close(self._lock)
         if self._made and not os.path.exists(os.path.join(self.path, _INDEX)):
             with contextlib.suppress(OSError):
                 os.rmdir(self.path)
@@ -195,29 +205,55 @@ class LayoutWriter:
         return os.path.join(self.path, _BLOBS, digest.algorithm.encode(), digest.hex.encode())
 
     def _has(self, digest: Digest, size: int) -> bool:
+        if self._is_here(digest, size):
+            self._found[digest] = size
+            return True
+        return digest in self._staged
+
+    def _is_here(self, digest: Digest, size: int) -> bool:
         try:
             status = os.stat(self._blob_path(digest))
         except OSError:
-            return digest in self._staged
+            return False
         return stat.S_ISREG(status.st_mode) and status.st_size == size
 
     # -- the end -------------------------------------------------------------------------------------------------
 
     def publish(self, tag: str, descriptor: Json) -> None:
-        """Put every blob in its place, then the tag. Nothing but a full disk or a damaged index can fail here."""
+        """Put every blob in its place, then the tag. What fails, for want of space or at a damaged index, is undone."""
         with _sentence("write to", self.path), self._locked():
             index = self._index()
-            blobs = os.path.join(self.path, _BLOBS)
-            _make_directory(blobs)
-            for digest, path in self._staged.items():
-                _make_directory(os.path.dirname(self._blob_path(digest)))
-                os.replace(path, self._blob_path(digest))
-            for directory in sorted({os.path.dirname(self._blob_path(digest)) for digest in self._staged}):
-                _sync_directory(directory)
-            _sync_directory(blobs)
-            if not os.path.exists(os.path.join(self.path, _MARKER)):
-                self._replace(_MARKER, {"imageLayoutVersion": "1.0.0"})
-            self._replace(_INDEX, {**index, "manifests": _tagged(index.get("manifests") or [], tag, descriptor)})
+            for digest, size in self._found.items():
+                if not self._is_here(digest, size):
+                    raise BusyError(f"{shown(self._blob_path(digest))} was removed meanwhile: try again")
+            tagged = _tagged(index.get("manifests") or [], tag, descriptor)
+            staged = self._stage_document(_INDEX, {**index, "manifests": tagged})
+            undo = contextlib.ExitStack()
+            try:
+                self._place(undo)
+                os.replace(staged, os.path.join(self.path, _INDEX))
+            except BaseException:
+                # An interruption may come right behind the last step. Then it is done.
+                if os.path.exists(staged):
+                    undo.close()
+                raise
+            _sync_directory(self.path)
+
+    def _place(self, undo: contextlib.ExitStack) -> None:
+        """Put everything but the index in its place; ``undo`` takes away what is new."""
+        # First what says that this is a layout: then another commit can follow this one if it is killed.
+        if not os.path.exists(os.path.join(self.path, _MARKER)):
+            marker = self._stage_document(_MARKER, {"imageLayoutVersion": "1.0.0"})
+            _replace(marker, os.path.join(self.path, _MARKER), undo)
+        blobs = os.path.join(self.path, _BLOBS)
+        _make_directory(blobs, undo)
+        for digest, path in self._staged.items():
+            _make_directory(os.path.dirname(self._blob_path(digest)), undo)
+            _replace(path, self._blob_path(digest), undo)
+        for directory in sorted({os.path.dirname(self._blob_path(digest)) for digest in self._staged}):
+            _sync_directory(directory)
+        _sync_directory(blobs)
+        _sync_directory(self.path)
 
     def _index(self) -> Json:
         """``index.json`` as it is now; a new one if there is none."""
@@ -232,14 +268,14 @@ class LayoutWriter:
         index: Json = json.loads(raw)
         return index
 
-    def _replace(self, name: bytes, document: Json) -> None:
+    def _stage_document(self, name: bytes, document: Json) -> bytes:
+        """Write a document, on disk then; gives where it is."""
         staged = os.path.join(self._staging, name)
         with open(staged, "xb") as file:
             file.write(json.dumps(document, separators=(",", ":")).encode())
             file.flush()
             os.fsync(file.fileno())
-        os.replace(staged, os.path.join(self.path, name))
-        _sync_directory(self.path)
+        return staged
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -325,7 +361,7 @@ def _compare(stored: Blob, digest: Digest, expected: Digest | None) -> None:
         raise DamagedError(f"{stored.name} should have the digest {expected} and has {digest}")
 
 
-def _make_directory(path: bytes) -> bool:
+def _make_directory(path: bytes, undo: contextlib.ExitStack | None = None) -> bool:
     """Make a directory; False if it was there."""
     try:
         os.mkdir(path)
@@ -333,7 +369,20 @@ def _make_directory(path: bytes) -> bool:
         if not os.path.isdir(path):
             raise UsageError(f"{shown(path)} is no directory, so no OCI layout can be there") from None
         return False
+    if undo is not None:
+        undo.callback(_without_error, os.rmdir, path)
     return True
+
+
+def _replace(staged: bytes, path: bytes, undo: contextlib.ExitStack) -> None:
+    if not os.path.exists(path):
+        undo.callback(_without_error, os.unlink, path)
+    os.replace(staged, path)
+
+
+def _without_error(function: Callable[[bytes], object], path: bytes) -> None:
+    with contextlib.suppress(OSError):
+        function(path)
 
 
 def _is_layout(path: bytes) -> bool:
