@@ -29,9 +29,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, Self
 
-from ocifs import daemon
-from ocifs.bundle.lifecycle import Opening, Plan, end_bundle, make_bundle
-from ocifs.errors import MachineError, NotFoundError, OcifsError
+from ocifs import daemon, kernel
+from ocifs.bundle.lifecycle import Opening, Plan, make_bundle
+from ocifs.errors import MachineError, OcifsError
+from ocifs.mountinfo import mounts
 
 _log = logging.getLogger(__name__)
 
@@ -107,16 +108,22 @@ class _Place:
 
 
 def _clear(place: Path, runtime: str) -> None:
-    """Remove a container, its mounts and its place."""
+    """Remove a container, its mounts and its place. Raises `MachineError` if a mount cannot be taken down.
+
+    Not by `end_bundle`, which lets be what is in use: nobody but the container was to use this. Another mount namespace
+    that was made meanwhile has copies of the mounts, and keeps neither the place nor the daemon. Mounts are looked for
+    before anything is removed, for a ``config.json`` may have had the container's appear here, the host's own directories
+    among them.
+    """
     if (place / "state" / place.name).exists():
         _ask([runtime, "--root", str(place / "state"), "delete", "--force", place.name])
-    with contextlib.suppress(NotFoundError):  # no bundle was made
-        end_bundle(place / "bundle", delete=True)
+    inside = os.fsencode(place) + b"/"
+    while found := [entry.mountpoint for entry in mounts() if entry.mountpoint.startswith(inside)]:
+        kernel.unmount(found[-1], flags=kernel.MNT_DETACH)
     for listed in daemon.records():
         # In a mount namespace that nobody else is in any more, a daemon would serve itself for ever.
-        if listed.state is not daemon.State.DEAD and listed.record.mountpoint.startswith(f"{place}/"):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(listed.record.pid, signal.SIGTERM)
+        if listed.state is not daemon.State.DEAD and os.fsencode(listed.record.mountpoint).startswith(inside):
+            daemon.end(listed.record)
     shutil.rmtree(place, ignore_errors=True)
 
 
@@ -134,8 +141,11 @@ def clear_dead(base: Path) -> None:
         for place in base.iterdir():
             try:
                 lock = os.open(place / "lock", os.O_RDWR | os.O_CLOEXEC)
-            except OSError:  # killed before it had one
+            except FileNotFoundError:  # killed before it had one
                 shutil.rmtree(place, ignore_errors=True)
+                continue
+            except OSError as error:
+                _log.warning("cannot look at the container in %s: %s", place, error.strerror)
                 continue
             try:
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -327,8 +327,8 @@ def end_bundle(directory: Path, *, delete: bool = False) -> None:
     directory = Path(os.path.realpath(directory))
     state.load(directory)
     _check_free(directory / "rootfs")
-    # Not by the paths in its state: the directory may have been renamed.
-    for place in (directory / "rootfs", directory / "lower", directory / "memory"):
+    # Not by the paths in its state: the directory may have been renamed. The image comes last, for its daemon may not end.
+    for place in (directory / "rootfs", directory / "memory", directory / "lower"):
         _take_down(place)
         _remove_directory(place)
     if delete:

@@ -10,6 +10,7 @@ import errno
 import logging
 import os
 import select
+import signal
 import subprocess
 from pathlib import Path
 
@@ -153,6 +154,19 @@ def unmount(mountpoint: Path, *, lazy: bool = False, patience: float = GOODBYE) 
     finally:
         if daemon is not None:
             os.close(daemon)
+
+
+def end(record: Record) -> None:
+    """Have the daemon of a mount end, wherever that is still to be seen, and wait until it is gone (or `GOODBYE`)."""
+    daemon = _pidfd(record.pid)
+    if daemon is None:
+        return
+    try:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(daemon, signal.SIGTERM)
+        select.select([daemon], [], [], GOODBYE)
+    finally:
+        os.close(daemon)
 
 
 def _pidfd(pid: int) -> int | None:
