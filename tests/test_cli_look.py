@@ -8,6 +8,7 @@ import os
 import stat
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 from typing import Any
@@ -462,7 +463,7 @@ def test_inspect_tells_what_the_documents_say_and_reads_no_layer(run: Run) -> No
         "Labels:       org.opencontainers.image.title=The ocifs sample image",
     ):
         assert line in text.splitlines()
-    assert not list(Path(os.environ["OCIFS_CACHE_DIR"], "layers").iterdir())
+    assert not Path(os.environ["OCIFS_CACHE_DIR"]).exists()
 
 
 def test_inspect_json_has_documents_and_layers(run: Run) -> None:
@@ -623,6 +624,28 @@ def test_cache_info_ls_gc_and_clear(run: Run) -> None:
     assert run("cache", "clear").out.startswith(b"removed 4 entries, ")
     assert json.loads(run("cache", "info", "--json").out)["bytes"] == 0
     assert run("ls", SAMPLE, "/home").out == b"ada\n"
+
+
+def test_looking_at_a_cache_does_not_make_it(run: Run, tmp_path: Path) -> None:
+    where = tmp_path / "not" / "there"
+    info = json.loads(run("cache", "info", "--json", "--cache-dir", str(where)).out)
+    assert (info["path"], info["bytes"]) == (str(where), 0)
+    assert info["free"] > 0
+    assert run("cache", "ls", "--json", "--cache-dir", str(where)) == (0, b"", "")
+    assert not where.parent.exists()
+
+
+def test_what_reads_documents_needs_no_cache(run: Run, tmp_path: Path) -> None:
+    no_cache = ("--cache-dir", "/proc/nothing")
+    assert json.loads(run("inspect", "--json", *no_cache, SAMPLE).out)["source"] == f"OCI layout {SAMPLE}"
+    assert run("blob", *no_cache, SAMPLE, "manifest").out == run("blob", SAMPLE, "manifest").out
+    archive = tmp_path / "image.tar.gz"
+    with tarfile.open(archive, "w:gz") as packed:
+        packed.add(SAMPLE, "")
+    assert run("inspect", str(archive)).status == 0
+    status, out, err = run("inspect", *no_cache, str(archive))
+    assert (status, out) == (6, b"")
+    assert "choose another place with --cache-dir" in err
 
 
 def test_cache_tables_are_for_people(run: Run) -> None:

@@ -15,7 +15,7 @@ from ocifs.cli import output
 from ocifs.cli.options import Choice
 
 if TYPE_CHECKING:
-    from ocifs.store import Freed, Store
+    from ocifs.store import Freed, Listed
 
 _MEANING: Final = {
     "layers": "layer indexes",
@@ -44,8 +44,7 @@ def cache() -> None:
 @opt.cache_options
 def info(choice: Choice, *, as_json: bool) -> None:
     """Show where the cache is and how much is in it, by kind."""
-    with opt.opened_store(choice) as store:
-        found = _summary(store)
+    found = _summary(choice)
     if as_json:
         output.print_document(found)
         return
@@ -63,18 +62,32 @@ def info(choice: Choice, *, as_json: bool) -> None:
     )
 
 
-def _summary(store: Store) -> dict[str, Any]:
+def _entries(choice: Choice) -> list[Listed]:
+    """What is in the cache; one that is not there is not made for that."""
+    try:
+        os.lstat(choice.cache_path())
+    except FileNotFoundError:
+        return []
+    except OSError:
+        pass  # opening it says what is wrong
+    with opt.opened_store(choice) as store:
+        return list(store.entries())
+
+
+def _summary(choice: Choice) -> dict[str, Any]:
     from ocifs.store import Kind
 
     kinds = {kind.value: {"entries": 0, "in_use": 0, "bytes": 0} for kind in Kind}
-    for entry in store.entries():
+    for entry in _entries(choice):
         kind = kinds[entry.kind.value]
         kind["entries"] += 1
         kind["in_use"] += entry.in_use
         kind["bytes"] += entry.size
-    disk = os.statvfs(store.path)
+    path = choice.cache_path()
+    there = next(place for place in (path, *path.parents) if os.path.exists(place))
+    disk = os.statvfs(there)
     return {
-        "path": str(store.path),
+        "path": str(path),
         "bytes": sum(kind["bytes"] for kind in kinds.values()),
         "free": disk.f_bavail * disk.f_frsize,
         "kinds": kinds,
@@ -86,8 +99,7 @@ def _summary(store: Store) -> dict[str, Any]:
 @opt.cache_options
 def ls(choice: Choice, *, as_json: bool) -> None:
     """List what is in the cache, in the order in which `gc` would remove it."""
-    with opt.opened_store(choice) as store:
-        entries = list(store.entries())
+    entries = _entries(choice)
     if as_json:
         for entry in entries:
             output.print_json(

@@ -208,7 +208,7 @@ def inspect(choice: Choice, ref: str, *, as_json: bool) -> None:
     """
     from ocifs.image import resolve
 
-    with opt.opened_store(choice) as store, opt.new_progress() as progress:
+    with opt.store_if_needed(choice) as store, opt.new_progress() as progress:
         resolved = resolve(ref, choice.image_options(), store, progress)
     if as_json:
         output.print_document(_inspected(resolved.image))

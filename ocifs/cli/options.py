@@ -77,13 +77,19 @@ class Choice:
             containerd_root=self.root,
         )
 
+    def cache_path(self) -> Path:
+        """Where the cache is, or will be."""
+        from ocifs.store import default_path
+
+        if self.cache_dir == "":
+            raise UsageError("the cache directory is empty: check --cache-dir and OCIFS_CACHE_DIR")
+        return default_path() if self.cache_dir is None else Path(self.cache_dir).absolute()
+
     def store(self) -> Store:
         """Open the cache. The caller closes it."""
         from ocifs.store import Store
 
-        if self.cache_dir == "":
-            raise UsageError("the cache directory is empty: check --cache-dir and OCIFS_CACHE_DIR")
-        return Store(None if self.cache_dir is None else Path(self.cache_dir))
+        return Store(self.cache_path())
 
     def cache_bytes(self) -> int:
         """Bytes of decoded data to keep in memory."""
@@ -263,6 +269,18 @@ def opened_store(choice: Choice) -> Iterator[Store]:
         yield store
     finally:
         store.close()
+
+
+@contextlib.contextmanager
+def store_if_needed(choice: Choice) -> Iterator[Callable[[], Store]]:
+    """A function that opens the cache when it is first called, for the length of the block."""
+    with contextlib.ExitStack() as stack:
+
+        @functools.cache
+        def opened() -> Store:
+            return stack.enter_context(opened_store(choice))
+
+        yield opened
 
 
 @contextlib.contextmanager

@@ -88,7 +88,7 @@ def blob(choice: Choice, ref: str, which: str) -> None:
         raise UsageError("a blob is not written to a terminal: redirect the output")
     options = choice.image_options()
     with (
-        opt.opened_store(choice) as store,
+        opt.store_if_needed(choice) as store,
         opt.new_progress() as progress,
         open_source(ref, options, store, progress) as (parsed, source),
     ):

@@ -144,11 +144,11 @@ class Image:
 
 @contextmanager
 def open_source(
-    text: str, options: ImageOptions, store: Store | None, progress: Progress | None = None
+    text: str, options: ImageOptions, store: Store | Callable[[], Store] | None, progress: Progress | None = None
 ) -> Iterator[tuple[Reference, sources.Source]]:
     """The source that a reference names, open for the length of the block.
 
-    ``store`` is needed for compressed archives only; without one they are refused.
+    ``store`` is needed for compressed archives only, so it may be a function that opens it; without one they are refused.
     """
     parsed = reference.parse(text)
 
@@ -156,7 +156,7 @@ def open_source(
         if store is None:
             message = f"{os.fsdecode(path)} is a compressed archive, which cannot be read without a cache"
             raise UnsupportedError(message)
-        return open_outer_archive(path, store, progress or Silent())
+        return open_outer_archive(path, store() if callable(store) else store, progress or Silent())
 
     source = sources.open_source(
         parsed,
@@ -170,8 +170,13 @@ def open_source(
         source.close()
 
 
-def resolve(text: str, options: ImageOptions, store: Store | None, progress: Progress | None = None) -> Resolved:
-    """Find the image that ``text`` names, for the platform asked for. See `ocifs.sources.Source.resolve` for errors."""
+def resolve(
+    text: str, options: ImageOptions, store: Store | Callable[[], Store] | None, progress: Progress | None = None
+) -> Resolved:
+    """Find the image that ``text`` names, for the platform asked for. See `ocifs.sources.Source.resolve` for errors.
+
+    ``store`` as for `open_source`.
+    """
     with open_source(text, options, store, progress) as (parsed, source):
         found = source.resolve(parsed.selector, options.platform, examine=options.examine)
         return Resolved(parsed, found)
