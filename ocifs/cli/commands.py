@@ -43,6 +43,9 @@ FAMILIES: Final[dict[str, dict[str, Place]]] = {
         "inspect": Place("documents", "inspect", "Show manifest, platforms, configuration, layers, history."),
         "layers": Place("documents", "layers", "List an image's layers."),
         "blob": Place("reading", "blob", "Write a stored blob to standard output."),
+        "log": Place("provenance", "log", "Show every version of a path."),
+        "why": Place("provenance", "why", "Say which layer and step a path is from, and where it lies."),
+        "annotate": Place("provenance", "annotate", "Say which layer each line of input is about."),
     },
     "Keep what a container changed": {
         "diff-upper": Place("changing", "diff_upper", "List what a container changed."),

@@ -1,0 +1,212 @@
+"""Where what is in an image comes from: every version of a path, what ended it, and who holds its bytes.
+
+Paths are looked up in all layers at once, so a name that was deleted is found as one that is there. A symlink on the way
+is followed as the image has it now, or had it last: ``bin/sh`` finds ``usr/bin/sh`` where ``bin`` is a link to ``usr/bin``.
+The name itself is followed only if that is asked for.
+
+Not here: shell lines that cut bytes out of blobs (`ocifs.forensics.extraction`), proof (`ocifs.forensics.receipt`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from itertools import islice
+from typing import TYPE_CHECKING, Final
+
+from ocifs.errors import DamagedError, NotFoundError
+from ocifs.history import Change, End
+from ocifs.overlay.paths import normalised, shown
+from ocifs.tree import Kind
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from ocifs.forensics.examination import Examination
+    from ocifs.history import History, Version
+
+_MAX_LINKS: Final = 40
+"""Links followed for one path, as the kernel does (MAXSYMLINKS)."""
+_MAX_NAMES: Final = 5000
+"""Versions below a directory among which a similar name is looked for."""
+
+
+# -- finding -------------------------------------------------------------------------------------------------------
+
+
+def find(history: History, path: bytes, *, follow: bool = False) -> list[Version]:
+    """Give every version of a path, by layer and entry; ``follow`` says what a symlink leads to is meant.
+
+    Raises `NotFoundError`, which names the nearest path that some layer had, if none ever had this one.
+    """
+    names, _ = normalised(path)
+    found, names = _walk(history, names, follow=follow)
+    if not found:
+        raise NotFoundError(f"no layer ever had {shown(path)}{_nearest(history, names)}")
+    return found
+
+
+def _walk(history: History, names: list[bytes], *, follow: bool) -> tuple[list[Version], list[bytes]]:
+    """Give the versions of the path that ``names`` lead to, none if there are none, and that path."""
+    for _ in range(_MAX_LINKS):
+        found = history.of(b"/".join(names))
+        if found:
+            target = _link_target(found) if follow else None
+            if target is None:
+                return found, names
+            names = _led_to(names[:-1], target, [])
+            continue
+        for count in range(1, len(names)):
+            target = _link_target(history.of(b"/".join(names[:count])))
+            if target is not None:
+                names = _led_to(names[: count - 1], target, names[count:])
+                break
+        else:
+            break
+    return [], names
+
+
+def current(versions: Sequence[Version]) -> Version | None:
+    """Give the version that the image shows, else the last that it ever showed; None if it never showed any."""
+    there = [version for version in versions if version.change in {Change.ADDED, Change.CHANGED}]
+    return next((version for version in there if version.end is End.VISIBLE), there[-1] if there else None)
+
+
+def _link_target(versions: Sequence[Version]) -> bytes | None:
+    version = current(versions)
+    return version.target if version is not None and version.kind == Kind.SYMLINK else None
+
+
+def _led_to(directory: list[bytes], target: bytes, rest: list[bytes]) -> list[bytes]:
+    above = b"" if target.startswith(b"/") else b"/".join(directory) + b"/"
+    return normalised(above + target + b"/" + b"/".join(rest))[0]
+
+
+def _nearest(history: History, names: Sequence[bytes]) -> str:
+    """Say how far a path leads, and what there has a similar name."""
+    import difflib  # noqa: PLC0415 (only on a mistake)
+
+    for count in range(len(names) - 1, -1, -1):
+        parent = b"/".join(names[:count])
+        if not history.of(parent):
+            continue
+        depth = len(parent) + 1 if parent else 0
+        below = (version.path[depth:].partition(b"/")[0] for version in islice(history.below(parent), _MAX_NAMES))
+        there = list(dict.fromkeys(name.decode(errors="replace") for name in below if name))
+        near = difflib.get_close_matches(names[count].decode(errors="replace"), there, 3, 0.6)
+        where = shown(b"/" + parent)
+        return f"; below {where} there was {', '.join(near)}" if near else f"; the nearest that one had is {where}"
+    return ""
+
+
+# -- what became of a version --------------------------------------------------------------------------------------
+
+
+def ended_by(history: History, version: Version) -> Version | None:
+    """Give the entry that ended a version: a marker, or what replaced it; None if it has not ended, or no entry did it."""
+    if not version.end_layer or version.end_entry < 0:
+        return None
+    return history.by_entry(version.end_layer, version.end_entry)
+
+
+def holder(history: History, version: Version) -> Version:
+    """Give the entry whose data a version's bytes are: another one for a hard link, else itself.
+
+    Raises `DamagedError` if a hard link's bytes are nobody's, which cannot be for one that is readable.
+    """
+    if not version.hard_link or not version.extents:
+        return version
+    # A link names what was there when its layer was written, so the target has the very same extents; it may be a link.
+    names, _ = normalised(version.target)
+    for candidate in history.of(b"/".join(names)):
+        if not candidate.hard_link and candidate.extents == version.extents:
+            return candidate
+    # Its path is not what it says it is, for a symlink led there: the entry whose data begins where the extents do.
+    _, layer, layer_offset, _ = version.extents[0]
+    for candidate in history:
+        if candidate.layer == layer and not candidate.hard_link and candidate.extents == version.extents:
+            return candidate
+    raise DamagedError(f"no entry holds the data at offset {layer_offset} of layer {layer}")
+
+
+def content_hash(examination: Examination, version: Version) -> str:
+    """Give the SHA-256 of a file's bytes, in hex. Raises `DamagedError` if they cannot be read."""
+    hasher = hashlib.sha256()
+    for piece in examination.data(version):
+        hasher.update(piece)
+    return hasher.hexdigest()
+
+
+# -- lines of other programs ---------------------------------------------------------------------------------------
+
+_SEPARATORS: Final = frozenset(b" \t\r\n:,;|\"'`()<>[]{}=\0")
+"""What may follow a path in a line that says something about it."""
+_MAX_CUTS: Final = 64
+"""Places of a line at which a path in it may end, that are tried."""
+_MAX_LINKED_CUTS: Final = 8
+"""The same where links on the way are followed."""
+_MAX_STARTS: Final = 16
+"""Places at which one may begin."""
+
+
+class Annotator:
+    """Finds the path that a line is about: the whole line, or the longest part of it that some layer had.
+
+    ``prefix`` is where the program that wrote the lines saw the image; only paths below it are taken for the image's then.
+    Without one a path begins the line, or is absolute and stands behind a blank.
+    """
+
+    def __init__(self, history: History, prefix: bytes = b"") -> None:
+        self._history = history
+        self._prefix = prefix.rstrip(b"/")
+        self._known: dict[tuple[bytes, bool], Version | None] = {}
+
+    def find(self, line: bytes) -> Version | None:
+        """Give the version that the line is about: what the image shows, else what it showed last; None if unknown."""
+        starts = list(self._starts(line))
+        # Links on the way are followed last, for that is slow and seldom needed: scanners do not follow them.
+        for through_links in (False, True):
+            for start in starts:
+                for stop in _stops(line, start, _MAX_CUTS if not through_links else _MAX_LINKED_CUTS):
+                    path = line[start:stop]
+                    if self._prefix:
+                        path = path[len(self._prefix) :] or b"/"
+                        if not path.startswith(b"/"):
+                            continue
+                    version = self._look_up(path, through_links=through_links)
+                    if version is not None:
+                        return version
+        return None
+
+    def _starts(self, line: bytes) -> Iterator[int]:
+        if not self._prefix:
+            yield 0
+        sought = self._prefix or b"/"
+        at = line.find(sought)
+        for _ in range(_MAX_STARTS):
+            if at < 0:
+                return
+            if (at or self._prefix) and (at == 0 or line[at - 1] in _SEPARATORS):
+                yield at
+            at = line.find(sought, at + 1)
+
+    def _look_up(self, path: bytes, *, through_links: bool) -> Version | None:
+        """Look a path up; what was asked last is remembered, for scanners say much about one file."""
+        names, _ = normalised(path)
+        if not names and not path.startswith((b"/", b".")):
+            return None
+        key = b"/".join(names), through_links
+        if key in self._known:
+            return self._known[key]
+        found = _walk(self._history, names, follow=False)[0] if through_links else self._history.of(key[0])
+        version = current(found)
+        if len(self._known) >= 1024:  # noqa: PLR2004 (a few hundred kilobytes)
+            self._known.clear()
+        self._known[key] = version
+        return version
+
+
+def _stops(line: bytes, start: int, limit: int) -> Iterator[int]:
+    """Where a path that begins at ``start`` may end, the longest first."""
+    cuts = [at for at in range(start + 1, min(len(line), start + 8192)) if line[at] in _SEPARATORS]
+    yield len(line)
+    yield from reversed(cuts[:limit])
