@@ -554,12 +554,20 @@ def test_an_attribute_without_a_value_is_left_out_with_a_warning(top: Top, image
     assert warned == ["f: its attribute user.a has no value, which a layer cannot say"]
 
 
-def test_more_attributes_than_readers_take_are_refused(
-    top: Top, image: RootFS, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("ocifs.changes.layer._MAX_ATTRIBUTES", 10)
-    os.setxattr(top.file("f"), "user.a", b"12345")
-    with pytest.raises(UnsupportedError, match=r"^/f has more than 10 bytes of attributes"):
+def test_more_attributes_than_ocifs_reads_are_refused(top: Top, image: RootFS, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = os.fsencode(top.file("f"))
+    getxattr, listxattr = os.getxattr, os.listxattr
+    values = {"user.a": bytes(40_000), "user.b": bytes(65_536 - 40_000 - 2 * len("user.a"))}
+
+    def listed(name: Any, **more: Any) -> list[str]:
+        return [*values] if os.path.samefile(name, path) else listxattr(name, **more)
+
+    def got(name: Any, key: Any, **more: Any) -> bytes:
+        return values[os.fsdecode(key)] + b"x" if os.fsdecode(key) in values else getxattr(name, key, **more)
+
+    monkeypatch.setattr(os, "listxattr", listed)
+    monkeypatch.setattr(os, "getxattr", got)
+    with pytest.raises(UnsupportedError, match=r"^/f has more than 65536 bytes of attributes"):
         layer(top, image)
 
 
@@ -637,21 +645,26 @@ def test_a_link_does_not_lead_out(top: Top, image: RootFS, monkeypatch: pytest.M
         layer(top, image)
 
 
-def test_trees_deeper_than_any_limit(top: Top, image: RootFS) -> None:
+@pytest.mark.parametrize("more", [0, 1, 3000])
+def test_paths_are_as_long_as_readers_take_them(top: Top, image: RootFS, more: int) -> None:
+    """4,095 bytes, below the root of the image; what is deeper is refused before it costs much."""
     fd = os.open(top.path, os.O_RDONLY)
-    for _ in range(3000):
-        os.mkdir(b"d" * 10, dir_fd=fd)
-        below = os.open(b"d" * 10, os.O_RDONLY, dir_fd=fd)
+    for name in [b"d" * 15] * 255 + [b"d" * (15 + more)] if more < 2 else [b"d" * 15] * more:
+        os.mkdir(name, dir_fd=fd)
+        below = os.open(name, os.O_RDONLY, dir_fd=fd)
         os.close(fd)
         fd = below
     os.close(fd)
     try:
+        if more:
+            for reading in (layer, lines):
+                with pytest.raises(UnsupportedError, match=r"^'/ddd.*…' is longer than 4095 bytes, which no reader"):
+                    reading(top, image)
+            return
         found = entries(layer(top, image)[0])
+        assert (len(found), found[-1].type, len(found[-1].path.rstrip(b"/"))) == (257, EntryType.DIR, 4095)
     finally:
         subprocess.run(["rm", "-rf", top.path], check=True)
-    assert len(found) == 3001
-    assert found[-1].type is EntryType.DIR
-    assert len(found[-1].path) == 3000 * 11
 
 
 def test_every_error_is_a_sentence() -> None:

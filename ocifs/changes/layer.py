@@ -31,6 +31,7 @@ from ocifs import archive, members
 from ocifs.changes.merged import Gone, Opaque, Present
 from ocifs.changes.upper import Entry, all_zeros, data_runs, signature
 from ocifs.errors import UnsupportedError
+from ocifs.overlay.upper import XATTRS_MAX
 from ocifs.sources.blob import shown
 from ocifs.spec import DiffID, Digest, MediaType
 from ocifs.tree import Kind
@@ -47,8 +48,6 @@ OPAQUE_MARKER: Final = b".wh..wh..opq"
 _HOLE: Final = 1 << 20
 _MAX_SEGMENTS: Final = 1 << 14
 """Of a file with holes. A map of as many stays below the 1 MiB that Go's archive/tar takes: 2 numbers of up to 20 digits."""
-_MAX_ATTRIBUTES: Final = (1 << 20) - (1 << 16)
-"""Bytes of attributes of one file: 1 MiB is Go's limit for all that stands before a member; paths need some of it."""
 _PIECE: Final = 1 << 20
 _ZSTD_FRAME: Final = 1 << 20
 """Frames are what a reader can start at: as large as those that `ocifs.layer_index` makes itself."""
@@ -240,10 +239,10 @@ class LayerWriter:
                 )
             if not value:
                 self._warn(path, f"its attribute {shown(name)} has no value, which a layer cannot say")
-        if sum(len(name) + len(value) for name, value in xattrs) > _MAX_ATTRIBUTES:
+        if sum(len(name) + len(value) for name, value in xattrs) > XATTRS_MAX:
             raise UnsupportedError(
-                f"{shown(b'/' + path)} has more than {_MAX_ATTRIBUTES} bytes of attributes, which no reader of layers "
-                "takes: remove some (setfattr -x)"
+                f"{shown(b'/' + path)} has more than {XATTRS_MAX} bytes of attributes, which few file systems hold and "
+                "ocifs does not show: remove some (setfattr -x)"
             )
         return tuple((name, value) for name, value in xattrs if value)
 

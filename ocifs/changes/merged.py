@@ -30,6 +30,8 @@ import msgspec
 
 from ocifs.changes.upper import Entry, Upper
 from ocifs.errors import UnsupportedError
+from ocifs.overlay.paths import PATH_MAX
+from ocifs.overlay.paths import shown as shortened
 from ocifs.rootfs import RootFS
 from ocifs.sources.blob import shown
 from ocifs.tree import Kind
@@ -117,6 +119,11 @@ class Merged:
             found = self._at(level, name)
             if found is None:
                 continue
+            if len(found.path) > PATH_MAX:
+                raise UnsupportedError(
+                    f"{shortened(b'/' + found.path)} is longer than {PATH_MAX} bytes, which no reader of layers takes: "
+                    "remove it or move it up"
+                )
             yield found
             if isinstance(found, Present) and _kind(self.view, found.source) is Kind.DIR:
                 below = self._below(level, name, found.source)
