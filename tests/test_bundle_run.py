@@ -267,21 +267,6 @@ def test_a_copy_of_its_mounts_in_another_namespace_keeps_nothing_here(image: str
         daemon.close()
 
 
-def test_what_a_container_has_mounted_out_here_is_not_deleted(image: str, tmp_path: Path) -> None:
-    """Its mounts can appear below its place: if ``config.json`` says that they are shared, and this machine's are."""
-    kept, patch = tmp_path / "kept", tmp_path / "patch"
-    kept.mkdir()
-    (kept / "file").write_text("kept")
-    patch.write_text('{"linux": {"rootfsPropagation": "shared"}}')
-    script = (
-        'mount --make-rshared /; "$@"; status=$?; ! grep -q /ocifs/containers/ /proc/self/mountinfo && exit $status'
-    )
-    words = ocifs_run("--config-patch", str(patch), "-v", f"{kept}:/kept", image, "/bin/cat", "/kept/file")
-    done = run(["unshare", "--mount", "sh", "-c", script, "sh", *words])
-    assert (done.returncode, done.stdout, done.stderr) == (0, "kept", "")
-    assert (kept / "file").read_text() == "kept"
-
-
 def test_an_image_in_the_way_of_itself(tmp_path: Path) -> None:
     """Links where things are to be mounted lead nowhere but into the image."""
     more = (entry("proc", type=b"2", link="/../../../../srv/proc"), entry("sys", type=b"2", link="nowhere"))

@@ -111,9 +111,7 @@ def _clear(place: Path, runtime: str) -> None:
     """Remove a container, its mounts and its place. Raises `MachineError` if a mount cannot be taken down.
 
     Not by `end_bundle`, which lets be what is in use: nobody but the container was to use this. Another mount namespace
-    that was made meanwhile has copies of the mounts, and keeps neither the place nor the daemon. Mounts are looked for
-    before anything is removed, for a ``config.json`` may have had the container's appear here, the host's own directories
-    among them.
+    that was made meanwhile has copies of the mounts, and keeps neither the place nor the daemon.
     """
     if (place / "state" / place.name).exists():
         _ask([runtime, "--root", str(place / "state"), "delete", "--force", place.name])
