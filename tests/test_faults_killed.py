@@ -26,7 +26,6 @@ from tests.support.mounting import (
     agent,
     answer,
     environment,
-    force_away,
     in_mountinfo,
     mounted,
     ocifs,
@@ -96,33 +95,28 @@ def made(cache: Path) -> dict[str, int]:
 
 @pytest.mark.parametrize(("what", "layers"), [(INDEXING, 0), (MERGING, 2)], ids=["indexing", "merging"])
 def test_a_killed_child_is_one_sentence_and_nothing_is_left(
-    image: str, tmp_path: Path, driver: str, what: str, layers: int
+    image: str, tmp_path: Path, place: Path, driver: str, what: str, layers: int
 ) -> None:
     """As the kernel kills it when memory runs out."""
-    path, cache = tmp_path / "mnt", tmp_path / "cache"
-    path.mkdir()
-    words = ["mount", "--driver", driver, "--cache-dir", str(cache), image, str(path)]
-    try:
-        done = run(patched(INSTEAD, *words), env={"AT": what})
-        assert (done.returncode, done.stdout) == (6, "")
-        assert "was ended by signal 9" in done.stderr
-        assert done.stderr.count("\n") == 1
-        assert not in_mountinfo(path)
-        assert record_of(path) is None
-        assert made(cache) == {"layers": layers, "trees": 0, "locks": 0}
-        with mounted(image, path, driver=driver, cache=cache) as mount:
-            assert agent("sha256", mount.at("large")) == SUM
-    finally:
-        force_away(path)
+    cache = tmp_path / "cache"
+    words = ["mount", "--driver", driver, "--cache-dir", str(cache), image, str(place)]
+    done = run(patched(INSTEAD, *words), env={"AT": what})
+    assert (done.returncode, done.stdout) == (6, "")
+    assert "was ended by signal 9" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not in_mountinfo(place)
+    assert record_of(place) is None
+    assert made(cache) == {"layers": layers, "trees": 0, "locks": 0}
+    with mounted(image, place, driver=driver, cache=cache) as mount:
+        assert agent("sha256", mount.at("large")) == SUM
 
 
 @pytest.mark.parametrize(("what", "layers"), [(INDEXING, 0), (MERGING, 2)], ids=["indexing", "merging"])
 def test_a_child_ends_with_a_killed_mount_and_leaves_the_place_free(
-    image: str, tmp_path: Path, driver: str, what: str, layers: int
+    image: str, tmp_path: Path, place: Path, driver: str, what: str, layers: int
 ) -> None:
-    path, cache = tmp_path / "mnt", tmp_path / "cache"
-    path.mkdir()
-    words = ["mount", "--driver", driver, "--cache-dir", str(cache), image, str(path)]
+    cache = tmp_path / "cache"
+    words = ["mount", "--driver", driver, "--cache-dir", str(cache), image, str(place)]
     with fifo(tmp_path / "told") as told:
         process = subprocess.Popen(
             patched(INSTEAD, *words),
@@ -136,16 +130,15 @@ def test_a_child_ends_with_a_killed_mount_and_leaves_the_place_free(
             process.wait(LIMIT)
             assert child.gone(), "it goes on without its parent"
             child.close()
-            assert record_of(path) is None
+            assert record_of(place) is None
             assert list((cache / "trees").iterdir()) == []
             assert len(list((cache / "layers").iterdir())) == layers
-            with mounted(image, path, driver=driver, cache=cache) as mount:
+            with mounted(image, place, driver=driver, cache=cache) as mount:
                 assert agent("sha256", mount.at("large")) == SUM
             assert made(cache) == {"layers": 2, "trees": 1, "locks": 0}
         finally:
             process.kill()
             process.wait(LIMIT)
-            force_away(path)
 
 
 # -- decoding ------------------------------------------------------------------------------------------------------
@@ -251,14 +244,14 @@ def test_decodes_that_hang_do_not_keep_a_mount_from_ending(
         assert not mount.log.exists(), "the log is kept if the daemon failed"
 
 
-def test_a_decode_that_hangs_does_not_keep_a_process_in_the_foreground(image: str, tmp_path: Path, driver: str) -> None:
+def test_a_decode_that_hangs_does_not_keep_a_process_in_the_foreground(
+    image: str, tmp_path: Path, place: Path, driver: str
+) -> None:
     """Unlike a daemon in the background it ends as a Python program does, which waits for threads of some kinds."""
-    path = tmp_path / "mnt"
-    path.mkdir()
     options = ["--foreground", "-v", "--driver", driver, "--cache-dir", str(tmp_path / "cache")]
     with fifo(tmp_path / "told") as told:
         process = subprocess.Popen(
-            patched(HANGING, "mount", *options, image, path),
+            patched(HANGING, "mount", *options, image, place),
             stderr=subprocess.PIPE,
             text=True,
             env=environment({"TOLD": str(tmp_path / "told")}),
@@ -267,18 +260,17 @@ def test_a_decode_that_hangs_does_not_keep_a_process_in_the_foreground(image: st
         try:
             while "is mounted on" not in (line := process.stderr.readline()):
                 assert line, "it ended"
-            reader = start("read", f"{path}/large", 0, 4096)
+            reader = start("read", f"{place}/large", 0, 4096)
             wait_for_decode(told)
             process.terminate()
             assert answer(reader) in GONE
             said = process.communicate(timeout=LIMIT)[1]
             assert process.returncode == 0, said
             assert "ending without an answer for who waits for data" in said
-            assert not in_mountinfo(path)
+            assert not in_mountinfo(place)
         finally:
             process.kill()
             process.wait(LIMIT)
-            force_away(path)
 
 
 def test_who_waits_for_data_when_a_signal_ends_the_mount_gets_it(image: str, tmp_path: Path, driver: str) -> None:
