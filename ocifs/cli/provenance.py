@@ -370,7 +370,7 @@ def _annotated_text(examination: Examination, version: Version | None) -> tuple[
         return "-", "unknown", "-"
     step = examination.step(version.layer)
     words = output.printable(" ".join(step.created_by.split())) if step else ""
-    state = f"{ENDS[version.end]} by {version.end_layer}" if version.end_layer else ENDS[version.end]
+    state = f"deleted by {version.end_layer}" if version.end_layer else ENDS[version.end]
     return str(version.layer), state, words or "-"
 
 
