@@ -46,6 +46,8 @@ FAMILIES: Final[dict[str, dict[str, Place]]] = {
         "log": Place("provenance", "log", "Show every version of a path."),
         "why": Place("provenance", "why", "Say which layer and step a path is from, and where it lies."),
         "annotate": Place("provenance", "annotate", "Say which layer each line of input is about."),
+        "deleted": Place("remains", "deleted", "List what was deleted, by what, and what is left of it."),
+        "wasted": Place("remains", "wasted", "Add up the bytes in layers that no one sees."),
     },
     "Keep what a container changed": {
         "diff-upper": Place("changing", "diff_upper", "List what a container changed."),
