@@ -7,7 +7,7 @@ row        rooms                                                 what it knows
 =========  ====================================================  ==================================================
 names      ``errors`` ``reference`` ``spec`` ``tree`` ``rules``  errors; ``oci:dir:tag``; documents; nodes; rules
 formats    ``tar`` ``archive`` ``compression`` ``erofs``         tar read and written, compression, EROFS; pure
-machine    ``forked`` ``mountinfo``                              work in a child process of its own; what is mounted
+machine    ``forked`` ``mountinfo`` ``evidence``                 work in a child process; what is mounted; what was read
 index      ``layer_index`` ``image_tree``                        the two files we keep: one a layer, one an image
 merge      ``overlay``                                           every whiteout rule, and nothing else
 bytes      ``sources`` ``store``                                 foreign blobs, read-only; our own cache

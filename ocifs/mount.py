@@ -18,7 +18,8 @@ Not here: the life of the daemon (`ocifs.daemon`), what a driver does (`ocifs.dr
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +28,8 @@ from typing import Self
 from ocifs import daemon, driver
 from ocifs.daemon import Claim, Record
 from ocifs.devices import device_files
+from ocifs.driver import Keeper
+from ocifs.evidence import EvidenceLog
 from ocifs.image import Image
 from ocifs.rootfs import view
 from ocifs.spans import DEFAULT_CACHE, SpanCache, SpanReader
@@ -78,13 +81,26 @@ class Place:
         )
         decoded = SpanCache(cache_bytes)
         if self.driver == "erofs":
-            spans = SpanReader([layer.data for layer in image.layers], decoded)
+            spans = SpanReader([layer.data for layer in image.layers], decoded, evidence=image.evidence)
             files, private = device_files(image, spans), daemon.private_place(self._claim)
             serve = partial(driver.serve_erofs, files, [spans], self.mountpoint, private, self.options)
         else:
             serve = partial(driver.serve_fuse, [view(image, decoded)], self.mountpoint, self.options, reference)
         run = daemon.run_foreground if foreground else daemon.run_background
-        return run(serve, record, self._claim)
+        if image.evidence is None:
+            return run(serve, record, self._claim)
+        image.evidence.append("mounted", mountpoint=os.fsencode(self.mountpoint).decode(errors="backslashreplace"))
+        try:
+            return run(partial(_with_evidence, serve, image.evidence), record, self._claim)
+        finally:
+            if not foreground:
+                image.evidence.leave()  # it is the daemon's now
+
+
+def _with_evidence(serve: Callable[[Keeper], None], evidence: EvidenceLog, keeper: Keeper) -> None:
+    """Serve, and close the evidence log when the mount has ended."""
+    with evidence:
+        serve(keeper)
 
 
 def reserve(directory: Path, *, wanted: str = "auto", words: Sequence[str] = (), examining: bool = False) -> Place:

@@ -70,6 +70,23 @@ class RootFS:
         """Entries from ``position`` on, ``.`` and ``..`` among them; the order never changes."""
         return self._image.readdir(directory, position)
 
+    def preorder(self) -> Iterator[tuple[bytes, Inode]]:
+        """Everything below the root with its path, without a leading slash: each directory right before what is in it."""
+        levels = [(b"", self.readdir(self.root))]
+        while levels:
+            prefix, entries = levels[-1]
+            for name, ino, *_ in entries:
+                if name in (b".", b".."):
+                    continue
+                found = self.inode(ino)
+                path = prefix + name
+                yield path, found
+                if found.kind is Kind.DIR:
+                    levels.append((path + b"/", self.readdir(ino)))
+                    break
+            else:
+                levels.pop()
+
     def readlink(self, ino: int) -> bytes:
         """Target of a symbolic link, as stored."""
         return self._image.readlink(ino)
@@ -148,7 +165,7 @@ class RootFS:
 
 def view(image: Image, cache: SpanCache | None = None) -> RootFS:
     """Look at an open image, keeping decoded spans in ``cache``."""
-    return RootFS(image.tree, SpanReader([layer.data for layer in image.layers], cache))
+    return RootFS(image.tree, SpanReader([layer.data for layer in image.layers], cache, evidence=image.evidence))
 
 
 def _path_message(path: bytes, what: str) -> str:

@@ -29,6 +29,7 @@ Concurrency contract
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from bisect import bisect_right
 from collections import OrderedDict
@@ -41,6 +42,8 @@ from ocifs.layer_index import SpanDecoder
 
 if TYPE_CHECKING:
     import trio
+
+    from ocifs.evidence import EvidenceLog
 
 _log = logging.getLogger(__name__)
 
@@ -169,10 +172,18 @@ class SpanReader:
     read and verified, ``ahead_spans`` those of them that nobody had asked for yet, ``decoded_bytes`` what came out.
     """
 
-    def __init__(self, layers: Sequence[LayerData], cache: SpanCache | None = None, *, threads: int = 2) -> None:
-        """Read ``layers``, decoding in at most ``threads`` threads at a time."""
+    def __init__(
+        self,
+        layers: Sequence[LayerData],
+        cache: SpanCache | None = None,
+        *,
+        threads: int = 2,
+        evidence: EvidenceLog | None = None,
+    ) -> None:
+        """Read ``layers``, decoding in at most ``threads`` threads at a time; ``evidence`` is told what is read."""
         self.layers = {layer.number: layer for layer in layers}
         self.cache = cache or SpanCache()
+        self._evidence = evidence
         self.hits = 0
         self.decoded_spans = 0
         self.ahead_spans = 0
@@ -190,6 +201,12 @@ class SpanReader:
 
     async def read(self, layer: int, layer_offset: int, size: int) -> list[memoryview]:
         """Give ``size`` bytes at ``layer_offset`` of a layer's tar as views of its spans; `DamagedError` beyond its end."""
+        if self._evidence is None:
+            return await self._read(layer, layer_offset, size)
+        with _noted(self._evidence, layer, layer_offset, size):
+            return await self._read(layer, layer_offset, size)
+
+    async def _read(self, layer: int, layer_offset: int, size: int) -> list[memoryview]:
         parts: list[memoryview] = []
         got = 0
         slices = list(self.layers[layer].slices(layer_offset, size))
@@ -221,6 +238,12 @@ class SpanReader:
 
     def read_blocking(self, layer: int, layer_offset: int, size: int) -> list[memoryview]:
         """Do the same in the calling thread, for who runs no event loop."""
+        if self._evidence is None:
+            return self._read_blocking(layer, layer_offset, size)
+        with _noted(self._evidence, layer, layer_offset, size):
+            return self._read_blocking(layer, layer_offset, size)
+
+    def _read_blocking(self, layer: int, layer_offset: int, size: int) -> list[memoryview]:
         parts: list[memoryview] = []
         got = 0
         for number, start, stop in self.layers[layer].slices(layer_offset, size):
@@ -327,6 +350,17 @@ class SpanReader:
             _log.debug("decoding ahead failed: %s", error)
         finally:
             self._ahead.discard(key)
+
+
+@contextlib.contextmanager
+def _noted(evidence: EvidenceLog, layer: int, layer_offset: int, size: int) -> Iterator[None]:
+    """Have the evidence log say what a read came to."""
+    try:
+        yield
+    except OcifsError as error:
+        evidence.read(layer, layer_offset, size, str(error))
+        raise
+    evidence.read(layer, layer_offset, size)
 
 
 def _check_decoded(key: SpanKey, size: int, expected: int) -> None:

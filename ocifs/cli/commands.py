@@ -48,6 +48,7 @@ FAMILIES: Final[dict[str, dict[str, Place]]] = {
         "annotate": Place("provenance", "annotate", "Say which layer each line of input is about."),
         "deleted": Place("remains", "deleted", "List what was deleted, by what, and what is left of it."),
         "wasted": Place("remains", "wasted", "Add up the bytes in layers that no one sees."),
+        "evidence": Place("evidence", "evidence", "Check evidence logs."),
     },
     "Keep what a container changed": {
         "diff-upper": Place("changing", "diff_upper", "List what a container changed."),

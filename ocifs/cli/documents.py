@@ -206,10 +206,16 @@ def inspect(choice: Choice, ref: str, *, as_json: bool) -> None:
 
     Reads documents only, no layer; artifacts that are no root file system are shown too. Warnings go to standard error.
     """
-    from ocifs.image import resolve
+    from ocifs.image import note_opened, resolve
 
-    with opt.store_if_needed(choice) as store, opt.new_progress() as progress:
+    with (
+        opt.opened_evidence(choice) as evidence,
+        opt.store_if_needed(choice) as store,
+        opt.new_progress() as progress,
+    ):
         resolved = resolve(ref, choice.image_options(), store, progress)
+        if evidence is not None:
+            note_opened(evidence, resolved, ())
     if as_json:
         output.print_document(_inspected(resolved.image))
     else:
@@ -290,16 +296,18 @@ def layers(choice: Choice, ref: str, *, as_json: bool) -> None:
     Layers that were never seen before are indexed. The layers of an artifact, which are no file systems, are listed as
     its documents describe them.
     """
-    from ocifs.image import open_layers, resolve
+    from ocifs.image import note_opened, open_layers, resolve
 
     options = choice.image_options()
-    with opt.opened_store(choice) as store:
+    with opt.opened_evidence(choice) as evidence, opt.opened_store(choice) as store:
         opened: tuple[OpenLayer, ...] = ()
         try:
             with opt.new_progress() as progress:
                 resolved = resolve(ref, options, store, progress)
                 if resolved.image.artifact is None:
                     opened = open_layers(resolved, store, options, progress)
+            if evidence is not None:
+                note_opened(evidence, resolved, opened)
             rows = _layers_json(resolved, {layer.number: layer for layer in opened})
         finally:
             for layer in opened:
@@ -402,10 +410,14 @@ def _indexed(choice: Choice, ref: str) -> list[tuple[str, ...]]:
     from ocifs.image import open_image
 
     rows: list[tuple[str, ...]] = []
-    with opt.opened_store(choice) as store, opt.new_progress() as progress:
+    with (
+        opt.opened_evidence(choice) as evidence,
+        opt.opened_store(choice) as store,
+        opt.new_progress() as progress,
+    ):
         witness = _Witness(progress)
         started = time.monotonic()
-        with open_image(ref, store, choice.image_options(), witness) as image:
+        with open_image(ref, store, choice.image_options(), witness, evidence=evidence) as image:
             took = time.monotonic() - started
             for layer in image.layers:
                 found = layer.index

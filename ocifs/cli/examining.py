@@ -40,7 +40,14 @@ def opened_examination(choice: Choice, ref: str) -> Iterator[Examination]:
         store = stack.enter_context(opt.opened_store(choice))
         with opt.new_progress() as progress:
             examination = stack.enter_context(
-                open_examination(ref, store, choice.image_options(), progress, cache=SpanCache(choice.cache_bytes()))
+                open_examination(
+                    ref,
+                    store,
+                    choice.image_options(),
+                    progress,
+                    cache=SpanCache(choice.cache_bytes()),
+                    evidence=stack.enter_context(opt.opened_evidence(choice)),
+                )
             )
         if choice.verbose:
             layers = (warned for layer in examination.layers for warned in layer.warnings)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
     from ocifs.cli.progress import Progress
+    from ocifs.evidence import EvidenceLog
     from ocifs.image import Image, ImageOptions
     from ocifs.rootfs import RootFS
     from ocifs.store import Store
@@ -56,6 +57,10 @@ class Choice:
     all_xattrs: bool = False
     unpack: bool = False
     cache_memory: str | None = None
+    evidence_log: str | None = None
+    case: str | None = None
+    examiner: str | None = None
+    item: str | None = None
 
     def image_options(self) -> ImageOptions:
         """What the image room is to be told. Raises `UsageError` for a platform that is none."""
@@ -138,6 +143,19 @@ _SOURCE: Final = (
         help="containerd: its root directory.  [default: /var/lib/containerd]",
     ),
 )
+_EVIDENCE: Final = (
+    click.option(
+        "--evidence-log",
+        metavar="FILE",
+        type=click.Path(dir_okay=False),
+        help="Append what is opened and every range that is read to FILE, as chained JSON lines.",
+    ),
+    click.option("--case", metavar="TEXT", envvar="OCIFS_CASE", help="Evidence log: the case.  [env: OCIFS_CASE]"),
+    click.option(
+        "--examiner", metavar="TEXT", envvar="OCIFS_EXAMINER", help="Evidence log: the examiner.  [env: OCIFS_EXAMINER]"
+    ),
+    click.option("--item", metavar="TEXT", envvar="OCIFS_ITEM", help="Evidence log: the item.  [env: OCIFS_ITEM]"),
+)
 _EXAMINE: Final = (
     click.option("--examine", is_flag=True, help="Warn about what breaks a rule or a digest instead of refusing it."),
 )
@@ -190,32 +208,32 @@ def cache_options(function: _F) -> _F:
 
 def document_options(function: _F) -> _F:
     """Options of commands that read an image's documents."""
-    return _declared((_SOURCE, _CACHE))(function)
+    return _declared((_SOURCE, _EVIDENCE, _CACHE))(function)
 
 
 def layer_options(function: _F) -> _F:
     """Options of commands that look at layers one by one."""
-    return _declared((_SOURCE, _EXAMINE, _CACHE))(function)
+    return _declared((_SOURCE, _EVIDENCE, _EXAMINE, _CACHE))(function)
 
 
 def tree_options(function: _F) -> _F:
     """Options of commands that look at names and attributes."""
-    return _declared((_SOURCE, _TREE, _EXAMINE, _CACHE))(function)
+    return _declared((_SOURCE, _EVIDENCE, _TREE, _EXAMINE, _CACHE))(function)
 
 
 def data_options(function: _F) -> _F:
     """Options of commands that read files' data."""
-    return _declared((_SOURCE, _TREE, _EXAMINE, _MEMORY, _CACHE))(function)
+    return _declared((_SOURCE, _EVIDENCE, _TREE, _EXAMINE, _MEMORY, _CACHE))(function)
 
 
 def examination_options(function: _F) -> _F:
     """Options of commands that look at every layer of an image: they examine anyhow."""
-    return _declared((_SOURCE, _UPTO, _DIRLINKS, _MEMORY, _CACHE))(function)
+    return _declared((_SOURCE, _EVIDENCE, _UPTO, _DIRLINKS, _MEMORY, _CACHE))(function)
 
 
 def container_options(function: _F) -> _F:
     """Options of commands that make containers; there -v is a volume."""
-    return _declared((_SOURCE, _UPTO, _MEMORY, _CACHE_DIR, _VERBOSE_LONG))(function)
+    return _declared((_SOURCE, _EVIDENCE, _UPTO, _MEMORY, _CACHE_DIR, _VERBOSE_LONG))(function)
 
 
 def json_option(function: _F) -> _F:
@@ -298,11 +316,28 @@ def opened_image(
     with contextlib.ExitStack() as stack:
         if store is None:
             store = stack.enter_context(opened_store(choice))
+        evidence = stack.enter_context(opened_evidence(choice))
         with showing() as progress:
-            image = stack.enter_context(open_image(ref, store, options, progress))
+            image = stack.enter_context(open_image(ref, store, options, progress, evidence=evidence))
         if choice.examine or choice.verbose:
             show_warnings(image.warnings, choice)
         yield image
+
+
+@contextlib.contextmanager
+def opened_evidence(choice: Choice) -> Iterator[EvidenceLog | None]:
+    """The evidence log, if one is wanted, open for the length of the block: its first line says which command this is."""
+    if choice.evidence_log is None:
+        yield None
+        return
+    import sys
+
+    from ocifs.evidence import About, EvidenceLog
+
+    with EvidenceLog(Path(choice.evidence_log), About(choice.case, choice.examiner, choice.item)) as evidence:
+        words = [word.encode(errors="surrogateescape").decode(errors="backslashreplace") for word in sys.argv]
+        evidence.append("began", command=words, host=os.uname().nodename, uid=os.getuid(), pid=os.getpid())
+        yield evidence
 
 
 @contextlib.contextmanager

@@ -81,13 +81,14 @@ def blob(choice: Choice, ref: str, which: str) -> None:
     Manifest and configuration are checked against their digests. A layer's or artifact's bytes are checked while they are
     written: a wrong digest shows in the exit status, 4, after the last byte.
     """
-    from ocifs.image import open_source
+    from ocifs.image import Resolved, note_opened, open_source
     from ocifs.sources import stored_pieces
 
     if output.to_terminal() and which not in ("manifest", "config"):
         raise UsageError("a blob is not written to a terminal: redirect the output")
     options = choice.image_options()
     with (
+        opt.opened_evidence(choice) as evidence,
         opt.store_if_needed(choice) as store,
         opt.new_progress() as progress,
         open_source(ref, options, store, progress) as (parsed, source),
@@ -95,8 +96,12 @@ def blob(choice: Choice, ref: str, which: str) -> None:
         image = source.resolve(parsed.selector, options.platform, examine=options.examine)
         if choice.examine or choice.verbose:
             opt.show_warnings(image.warnings, choice)
+        if evidence is not None:
+            note_opened(evidence, Resolved(parsed, image), ())
         document = _document(image, which)
         if document is not None:
+            if evidence is not None:
+                evidence.append("blob", which=which, size=len(document), verified=True)
             output.write(document)
             return
         layer = _layer(image, which)
@@ -109,7 +114,10 @@ def blob(choice: Choice, ref: str, which: str) -> None:
                 output.write(data)
         finally:
             stored.close()
-        if hasher and layer.digest and hasher.hexdigest() != layer.digest.hex:
+        right = hasher is not None and layer.digest is not None and hasher.hexdigest() == layer.digest.hex
+        if evidence is not None:
+            evidence.append("blob", which=which, layer=layer.number, digest=str(layer.digest), verified=right)
+        if hasher and not right:
             message = f"{layer.digest}: the bytes of layer {layer.number} have another digest, {hasher.hexdigest()}"
             if not choice.examine:
                 raise DamagedError(message)

@@ -16,12 +16,13 @@ import msgspec
 
 from ocifs.errors import DamagedError
 from ocifs.history import History, Version, open_history
-from ocifs.image import ImageOptions, OpenLayer, Progress, Resolved, open_layers, resolve
+from ocifs.image import ImageOptions, OpenLayer, Progress, Resolved, note_opened, open_layers, resolve
 from ocifs.spans import SpanCache, SpanReader
 from ocifs.spec import layer_steps
 
 if TYPE_CHECKING:
     from ocifs import spec
+    from ocifs.evidence import EvidenceLog
     from ocifs.store import Store
 
 PIECE_SIZE: Final = 1 << 20
@@ -31,12 +32,20 @@ PIECE_SIZE: Final = 1 << 20
 class Examination:
     """An image under examination. Made by `open_examination`."""
 
-    def __init__(self, resolved: Resolved, layers: tuple[OpenLayer, ...], history: History, cache: SpanCache) -> None:
+    def __init__(
+        self,
+        resolved: Resolved,
+        layers: tuple[OpenLayer, ...],
+        history: History,
+        cache: SpanCache,
+        evidence: EvidenceLog | None = None,
+    ) -> None:
         self.resolved = resolved
         self.layers = layers
         """Those that are part of it, the base first."""
         self.history = history
-        self.spans = SpanReader([layer.data for layer in layers], cache)
+        self.evidence = evidence
+        self.spans = SpanReader([layer.data for layer in layers], cache, evidence=evidence)
 
     @cached_property
     def steps(self) -> tuple[spec.History | None, ...]:
@@ -88,9 +97,17 @@ def _shown(version: Version) -> str:
 
 @contextlib.contextmanager
 def open_examination(
-    text: str, store: Store, options: ImageOptions, progress: Progress | None = None, *, cache: SpanCache | None = None
+    text: str,
+    store: Store,
+    options: ImageOptions,
+    progress: Progress | None = None,
+    *,
+    cache: SpanCache | None = None,
+    evidence: EvidenceLog | None = None,
 ) -> Iterator[Examination]:
     """Open the image that ``text`` names for the length of the block, whatever ``options.examine`` says.
+
+    ``evidence`` is told what was opened and every range that is read.
 
     Raises the errors of `ocifs.image.resolve` and `open_layers`.
     """
@@ -104,4 +121,6 @@ def open_examination(
             open_history(layers, store, follow_dirlinks=options.follow_dirlinks, progress=progress)
         )
         store.keep_bounded()
-        yield Examination(resolved, layers, history, cache or SpanCache())
+        if evidence is not None:
+            note_opened(evidence, resolved, layers)
+        yield Examination(resolved, layers, history, cache or SpanCache(), evidence)

@@ -23,6 +23,7 @@ Not here: how anything is found (`ocifs.sources`), kept (`ocifs.store`), indexed
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import hashlib
 import logging
@@ -31,7 +32,7 @@ import resource
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import msgspec
 
@@ -46,9 +47,12 @@ from ocifs.layer_index import Content
 from ocifs.reference import Reference
 from ocifs.rules import RULES_VERSION, MergeOptions, MountPoint
 from ocifs.sources import Blob, LayerBlob, ResolvedImage
-from ocifs.spec import Platform
+from ocifs.spec import Platform, printable
 from ocifs.store import Kind, Store, StoredFile
 from ocifs.tree import Tree, Warned
+
+if TYPE_CHECKING:
+    from ocifs.evidence import EvidenceLog
 
 __all__ = [
     "Image",
@@ -58,7 +62,10 @@ __all__ = [
     "Resolved",
     "Silent",
     "chosen_layers",
+    "kept_tree",
     "layer_key",
+    "merged_tree",
+    "note_opened",
     "open_image",
     "open_layers",
     "open_source",
@@ -116,6 +123,8 @@ class Image:
     layers: tuple[OpenLayer, ...]
     tree: ImageTree
     _tree_file: StoredFile
+    evidence: EvidenceLog | None = None
+    """Who is told what is read of the layers; whoever opened it closes it."""
 
     @property
     def warnings(self) -> tuple[Warned, ...]:
@@ -245,8 +254,17 @@ def _allow_many_files() -> None:
 # -- 3: the tree ---------------------------------------------------------------------------------------------------
 
 
-def open_image(text: str, store: Store, options: ImageOptions, progress: Progress | None = None) -> Image:
+def open_image(
+    text: str,
+    store: Store,
+    options: ImageOptions,
+    progress: Progress | None = None,
+    *,
+    evidence: EvidenceLog | None = None,
+) -> Image:
     """Open the image that ``text`` names: documents, layers, and the merged tree, from the store where it has them.
+
+    ``evidence`` is told what was opened, and kept with the image.
 
     Raises the errors of `resolve` and `open_layers`, and `DamagedError` for what the layer rules refuse.
     """
@@ -257,7 +275,38 @@ def open_image(text: str, store: Store, options: ImageOptions, progress: Progres
         _log.info("building again what is damaged in the cache: %s", error)  # who found it has discarded it
         image = _open_image(text, store, options, progress)
     store.keep_bounded()
+    if evidence is not None:
+        try:
+            note_opened(evidence, image.resolved, image.layers)
+        except BaseException:
+            image.close()
+            raise
+        image = dataclasses.replace(image, evidence=evidence)
     return image
+
+
+def note_opened(evidence: EvidenceLog, resolved: Resolved, layers: Sequence[OpenLayer]) -> None:
+    """Tell the evidence log which image was opened, and whether its layers are what it says."""
+    found = resolved.image
+    documents = {"manifest": found.manifest_digest, "config": found.config_digest}
+    evidence.append(
+        "opened",
+        reference=printable(resolved.reference.text),
+        source=printable(found.source),
+        **{name: None if digest is None else str(digest) for name, digest in documents.items()},
+        warnings=[printable(warned.message) for warned in found.warnings],
+        layers=[
+            {
+                "layer": layer.number,
+                "digest": str(layer.index.digest),
+                "diff_id": str(layer.index.diff_id),
+                "stored_size": layer.index.stored_size,
+                "size": layer.index.layer_size,
+                "problems": [printable(warned.message) for warned in layer.warnings],
+            }
+            for layer in layers
+        ],
+    )
 
 
 def _open_image(text: str, store: Store, options: ImageOptions, progress: Progress) -> Image:
@@ -271,21 +320,21 @@ def _open_image(text: str, store: Store, options: ImageOptions, progress: Progre
             layers = open_layers(resolved, store, options, progress)
         for layer in layers:
             undo.callback(layer.close)
-        key = _artifact_key(resolved, layers) if is_artifact else _tree_key(layers, options)
-
-        def make() -> Tree:
-            return artifact.tree(resolved.image, layers, contents) if is_artifact else _merged(layers, options)
-
-        tree, file = store.get_or_build(
-            Kind.TREE,
-            key,
-            load=lambda file: (ImageTree.open(file.fd, name=file.name), file),
-            build=lambda: _build_tree(key, layers, make, store, progress),
-            waiting=lambda: progress.waiting("the merged tree"),
-        )
-        tree.on_damage = file.discard
+        if is_artifact:
+            key = _artifact_key(resolved, layers)
+            tree, file = kept_tree(key, layers, lambda: artifact.tree(resolved.image, layers, contents), store, progress)
+        else:
+            tree, file = merged_tree(layers, store, options, progress)
         undo.pop_all()
         return Image(resolved, layers, tree, file)
+
+
+def merged_tree(
+    layers: Sequence[OpenLayer], store: Store, options: ImageOptions, progress: Progress | None = None
+) -> tuple[ImageTree, StoredFile]:
+    """Open the merged tree of these layers, the base first; as `kept_tree`. ``options`` say how, not which layers."""
+    key = _tree_key(layers, options)
+    return kept_tree(key, layers, lambda: _merged(layers, options), store, progress or Silent())
 
 
 def _merge_options(options: ImageOptions) -> MergeOptions:
@@ -368,6 +417,25 @@ def _artifact_key(resolved: Resolved, layers: Sequence[OpenLayer]) -> str:
 
 
 # -- writing it ----------------------------------------------------------------------------------------------------
+
+
+def kept_tree(
+    key: str, layers: Sequence[OpenLayer], make: Callable[[], Tree], store: Store, progress: Progress
+) -> tuple[ImageTree, StoredFile]:
+    """Open the tree that is kept under ``key``, and its file, whose closing is the caller's as well.
+
+    If the store has none, ``make`` gives it, of nodes whose data lies in ``layers``; it is called in a forked child, so
+    the caller has no second thread. Raises what ``make`` raises, and `MachineError` if it cannot be written.
+    """
+    tree, file = store.get_or_build(
+        Kind.TREE,
+        key,
+        load=lambda file: (ImageTree.open(file.fd, name=file.name), file),
+        build=lambda: _build_tree(key, layers, make, store, progress),
+        waiting=lambda: progress.waiting("the merged tree"),
+    )
+    tree.on_damage = file.discard
+    return tree, file
 
 
 def _build_tree(
