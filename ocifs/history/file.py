@@ -154,6 +154,8 @@ class History:
         except (msgspec.MsgspecError, ValueError, RecursionError):
             raise self._damaged("its tables do not parse") from None
         self._count: int = count
+        self.key = self._tables.key
+        """The store's, under which it is kept."""
         self._firsts = [sort_key(frame.first) for frame in self._tables.frames]
         self._entries_of = {entries.layer: entries for entries in self._tables.entries}
         self._frame = lru_cache(_FRAMES_KEPT)(self._decode_frame)

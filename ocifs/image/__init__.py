@@ -322,7 +322,9 @@ def _open_image(text: str, store: Store, options: ImageOptions, progress: Progre
             undo.callback(layer.close)
         if is_artifact:
             key = _artifact_key(resolved, layers)
-            tree, file = kept_tree(key, layers, lambda: artifact.tree(resolved.image, layers, contents), store, progress)
+            tree, file = kept_tree(
+                key, layers, lambda: artifact.tree(resolved.image, layers, contents), store, progress
+            )
         else:
             tree, file = merged_tree(layers, store, options, progress)
         undo.pop_all()
