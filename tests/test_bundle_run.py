@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from ocifs.cli.bundling import unwound
 from ocifs.daemon import runtime_dir
 from ocifs.mountinfo import mounts
 from tests.support.containers import needs_containers, ocifs_run, running, write_image
@@ -57,7 +58,7 @@ def sh(image: str, script: str, *options: str) -> tuple[int, str, str]:
 
 @pytest.mark.parametrize("status", [0, 1, 7, 126, 255])
 def test_the_status_is_the_containers(image: str, status: int) -> None:
-    assert sh(image, f"exit {status}") == (status, "", "")
+    assert sh(image, f"exit {status}", "--rm") == (status, "", "")
 
 
 def test_a_container_ended_by_a_signal_has_its_number_in_the_status(image: str) -> None:
@@ -75,6 +76,12 @@ def test_the_streams_are_ours(image: str) -> None:
         check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (1, "yes\nnot a tty\n", "no\n")
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_streams_that_are_closed_are_empty_and_take_everything(image: str, closed: str) -> None:
+    words = [*ocifs_run(image), "/bin/sh", "-c", "cat && echo out && echo err >&2 && exit 3"]
+    assert run(["sh", "-c", f'"$@" {closed}', "sh", *words]).returncode == 3
 
 
 def test_without_arguments_the_images_command_runs(tmp_path: Path) -> None:
@@ -209,6 +216,43 @@ def test_a_second_signal_ends_what_does_not_listen(image: str) -> None:
         container.send_signal(signal.SIGTERM)
         container.communicate(timeout=LIMIT)
         assert container.returncode == 137
+
+
+def test_a_signal_that_was_ignored_is_not_passed_on(image: str) -> None:
+    script = "trap 'echo no' HUP; trap 'echo yes; exit 5' TERM; echo up; while :; do sleep 1000 & wait; done"
+    words = ["nohup", *ocifs_run(image), "/bin/sh", "-c", script]
+    with running(words, until="up") as container:
+        for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM):
+            container.send_signal(number)
+        assert container.communicate(timeout=LIMIT)[0] == "yes\n"
+        assert container.returncode == 5
+
+
+def test_whoever_started_us_may_have_ignored_how_children_end(image: str) -> None:
+    def ignoring() -> None:
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+
+    done = run([*ocifs_run(image), "/bin/sh", "-c", "exit 7"], preexec_fn=ignoring)
+    assert (done.returncode, done.stdout, done.stderr) == (7, "", "")
+
+
+def test_the_first_signal_undoes_and_no_other_keeps_it_from_that() -> None:
+    undone = []
+
+    def interrupted_again_and_again() -> None:
+        with unwound():
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+            finally:
+                for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                    os.kill(os.getpid(), number)
+                undone.append(True)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit, match="143"):
+        interrupted_again_and_again()
+    assert undone == [True]
+    assert signal.getsignal(signal.SIGINT) == before
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])

@@ -96,6 +96,10 @@ def test_a_bug_shows_its_traceback_only_with_v(run: Run, failing: Callable[[Base
 def test_ctrl_c_ends_with_130_and_no_word(run: Run, failing: Callable[[BaseException], None]) -> None:
     failing(KeyboardInterrupt())
     assert run("ps") == (130, b"", "")
+    wrapped = RuntimeError("Error calling __set_name__")
+    wrapped.__cause__ = KeyboardInterrupt()
+    failing(wrapped)
+    assert run("ps") == (130, b"", "")
 
 
 @pytest.mark.parametrize(

@@ -174,7 +174,9 @@ def _serialised(base: Path) -> Iterator[None]:
 def _supervise(place: _Place) -> int:
     """Start the runtime in the foreground, pass signals on, and give its exit status."""
     words = place.words("run", "--bundle", str(place.bundle), place.name)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON | {signal.SIGCHLD})
+    # What whoever started us had ignored (as nohup(1) does) would come too, once it is waited for.
+    passed_on = {number for number in _PASSED_ON if signal.getsignal(number) is not signal.SIG_IGN}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, passed_on | {signal.SIGCHLD})
     try:
         # Python ignores SIGPIPE, which would go on to the container.
         child = os.posix_spawn(
@@ -182,7 +184,7 @@ def _supervise(place: _Place) -> int:
         )
         asked = 0
         while True:
-            got = signal.sigwaitinfo(_PASSED_ON | {signal.SIGCHLD})
+            got = signal.sigwaitinfo(passed_on | {signal.SIGCHLD})
             if got.si_signo == signal.SIGCHLD:
                 pid, status = os.waitpid(child, os.WNOHANG)
                 if pid:

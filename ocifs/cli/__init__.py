@@ -52,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     output and goes away ends us as it ends cat(1): by SIGPIPE, without a word.
     """
     _fill_standard_streams()
+    # Whoever started us may have ignored it, and then the system would not say how the processes that we start end.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     from ocifs.cli.commands import ocifs  # commands imports what this module offers
     from ocifs.cli.output import complain, discard_output, flush, sentence
 
@@ -81,17 +83,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         discard_output()
         return EXIT_INTERRUPTED
     except Exception as error:  # noqa: BLE001 (the last boundary: a bug must read like one, not like a crash)
+        if isinstance(error.__cause__, KeyboardInterrupt):  # Python 3.11 wraps one that comes while a class is made
+            discard_output()
+            return EXIT_INTERRUPTED
         return _unforeseen(error)
     return 0
 
 
 def _fill_standard_streams() -> None:
-    """Open what whoever started us had closed: else the next file that is opened takes its place, and its output."""
+    """Open what whoever started us had closed: else the next file that is opened takes its place, and its output.
+
+    For the processes that we start as well.
+    """
     for stream in range(3):
         try:
             os.fstat(stream)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number: this one
+            opened = os.open(os.devnull, os.O_RDWR)  # takes the lowest free number: this one
+            os.set_inheritable(opened, True)  # noqa: FBT003 (its only signature)
 
 
 def _after_output(status: int) -> int:

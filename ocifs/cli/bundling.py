@@ -160,6 +160,7 @@ def unbundle(choice: Choice, directories: tuple[str, ...], *, delete: bool) -> N
 )
 @click.option("--read-only", is_flag=True, help="No writable layer.")
 @click.option("--runtime", type=click.Choice(("runc", "crun")), help="Who starts it.  [default: runc if it is there]")
+@click.option("--rm", is_flag=True, expose_value=False, help="Leave nothing behind. It never does; said by habit.")
 @opt.ref_argument
 @click.argument("arguments", metavar="[CMD…]", nargs=-1, type=click.UNPROCESSED)
 @opt.container_options
@@ -193,7 +194,7 @@ def run(
             Asked(**asked),
             store.path,
             read_only=read_only,
-            terminal=sys.stdin.isatty() and sys.stdout.isatty(),
+            terminal=os.isatty(0) and os.isatty(1),
             host_network=net == "host",
             ids=ids,
         )
@@ -329,12 +330,18 @@ def _absolute(path: str | None) -> Path | None:
 
 @contextlib.contextmanager
 def unwound() -> Iterator[None]:
-    """Have SIGTERM and SIGHUP end the block as ^C does: everything that is left on the way is undone."""
+    """Have SIGTERM and SIGHUP end the block as ^C does: everything that is left on the way is undone.
+
+    The first one counts: what is being undone is not left half-way because somebody asks again.
+    """
 
     def leave(number: int, _: FrameType | None) -> None:
-        raise SystemExit(128 + number)
+        for other, handler in before.items():
+            if handler is not signal.SIG_IGN:
+                signal.signal(other, lambda *_: None)
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:
             signal.signal(number, leave)
