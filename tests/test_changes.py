@@ -30,7 +30,7 @@ from tests.support.mounting import environment
 from tests.support.tarball import HARDLINK, entry, sparse_pax_1_0, tarball
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from ocifs.rootfs import RootFS
@@ -283,14 +283,26 @@ def test_metacopy_without_its_data_is_refused(top: Top, image: RootFS) -> None:
         layer(top, image)
 
 
-def test_index_on_is_refused(top: Top, image: RootFS) -> None:
+@pytest.mark.parametrize("note", [b"U+0", b"U+1", b"L+0", b"?"])
+@pytest.mark.parametrize("kind", ["file", "symlink"])
+def test_index_on_is_refused_where_names_below_show_the_same(top: Top, image: RootFS, kind: str, note: bytes) -> None:
     top.directory("etc")
-    top.file("etc/hosts", b"changed\n")
-    top.note("etc/hosts", "trusted.overlay.nlink", b"U+1")
+    if kind == "file":
+        top.file("etc/hosts", b"changed\n")
+    else:
+        (top.path / "etc/hosts").symlink_to("conf")
+    top.note("etc/hosts", "trusted.overlay.nlink", note)
     with pytest.raises(
         UnsupportedError, match=r"^/etc/hosts has further names .*index=on.*replace it by a copy of itself"
     ):
         layer(top, image)
+
+
+def test_index_on_is_read_where_all_names_are_above(top: Top, image: RootFS) -> None:
+    top.directory("etc")
+    top.file("etc/hosts", b"changed\n")
+    top.note("etc/hosts", "trusted.overlay.nlink", b"U-1")
+    assert lines(top, image) == ["C /etc/hosts"]
 
 
 def test_without_privileges_notes_are_not_overlooked(top: Top, image: RootFS, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -626,6 +638,61 @@ def test_a_name_that_goes_while_its_directory_is_read_is_refused(
     during(monkeypatch, late.unlink)
     with pytest.raises(ChangedWhileReadError, match=r"/upper/b changed"):
         layer(top, image)
+
+
+def write_to(path: Path) -> None:
+    path.write_bytes(b"changed")
+
+
+def give_attribute(path: Path) -> None:
+    before = path.lstat().st_ctime_ns
+    while path.lstat().st_ctime_ns == before:  # the clock of many file systems ticks only each few milliseconds
+        os.setxattr(path, "trusted.a", b"1", follow_symlinks=False)
+
+
+def give_owner(path: Path) -> None:
+    os.chown(path, 7, 7, follow_symlinks=False)
+
+
+@pytest.mark.parametrize("act", [write_to, give_attribute, give_owner])
+@pytest.mark.parametrize("kind", ["file", "directory", "symlink"])
+def test_what_changes_when_it_has_been_read_already_is_refused(
+    top: Top, image: RootFS, monkeypatch: pytest.MonkeyPatch, act: Callable[[Path], None], kind: str
+) -> None:
+    """A layer of the old one, and of what is written next, would be of no moment."""
+    path = top.directory("a") / "seen"
+    if kind == "symlink":
+        path.symlink_to(top.file("a file"))
+    elif kind == "directory":
+        path = top.directory("a/seen") if act is not write_to else top.directory("a/seen") / "new"
+    else:
+        path.touch()
+    top.file("b", b"read later")
+    during(monkeypatch, lambda: act(path))
+    changed = "a file" if kind == "symlink" and act is write_to else "a/seen"
+    with pytest.raises(ChangedWhileReadError, match=rf"/upper/{changed} changed while it was read"):
+        layer(top, image)
+
+
+def test_nothing_is_opened_that_is_not_known_to_be_a_file(
+    top: Top, image: RootFS, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between a look and the opening somebody puts a FIFO in the file's place; it could be a device."""
+    path, opened, kinds = top.file("f", b"x"), os.open, []
+
+    def opening(name: Any, flags: int, *arguments: Any, **more: Any) -> int:
+        if name == b"f":
+            path.unlink()
+            os.mkfifo(path)
+        fd = opened(name, flags, *arguments, **more)
+        if not flags & os.O_PATH:
+            kinds.append(stat.S_IFMT(os.fstat(fd).st_mode))
+        return fd
+
+    monkeypatch.setattr(os, "open", opening)
+    with pytest.raises(ChangedWhileReadError, match="/upper/f changed"):
+        layer(top, image)
+    assert stat.S_IFIFO not in kinds
 
 
 def test_a_link_does_not_lead_out(top: Top, image: RootFS, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

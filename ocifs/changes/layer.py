@@ -185,6 +185,7 @@ class LayerWriter:
                     self._present(step, step.source)
                 else:
                     self._brought(step.path, step.source)
+        self._merged.check_unchanged()
         self._write(archive.END)
 
     def _marker(self, path: bytes) -> None:

@@ -134,13 +134,17 @@ class Merged:
                     hidden = True
                 in_upper = isinstance(found.source, Entry)
                 if isinstance(found.source, Entry):
-                    self._upper.enter(name, found.source)
+                    self._upper.enter(name, found.source.status)
                 levels.append(self._level(found.path + b"/", below, image, in_upper=in_upper, hidden=hidden))
 
     def opened(self, step: Present) -> AbstractContextManager[int]:
         """The file of the step given last, open for reading. See `Upper.opened`."""
         assert isinstance(step.source, Entry)  # noqa: S101 (of the caller, not of the data)
         return self._upper.opened(step.path.rpartition(b"/")[2], step.source)
+
+    def check_unchanged(self) -> None:
+        """Refuse, when all steps are done, if what they told of is not as it was. See `Upper.check_unchanged`."""
+        self._upper.check_unchanged()
 
     def fail_changed(self, step: Present) -> NoReturn:
         """Refuse the step given last because it is not what it was."""
@@ -178,15 +182,13 @@ class Merged:
         return found if self._is_directory(found) else None
 
     def _data(self, level: _Level, name: bytes, entry: Entry) -> int | None:
-        if entry.kind is not Kind.FILE:
-            return None
-        if entry.notes.indexed:
+        if entry.notes.linked:
             raise UnsupportedError(
                 f"{shown(b'/' + level.prefix + name)} has further names in the image that changed with it (the overlay was "
                 "mounted with index=on), which its upper directory does not tell: replace it by a copy of itself there, "
                 "or mount with index=off"
             )
-        if not entry.notes.metacopy:
+        if entry.kind is not Kind.FILE or not entry.notes.metacopy:
             return None
         found = self._lower(level, name, entry)
         if found is None or self.view.inode(found).kind is not Kind.FILE:

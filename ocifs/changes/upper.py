@@ -12,12 +12,17 @@ a char device 0:0  a whiteout: the name is gone
                    such a name is listed and cannot be opened)
 ``redirect``       on a directory, or a file with ``metacopy``: where in the lower tree it was before it was renamed
 ``metacopy``       on a file: only its attributes are here, its data is still below
-``nlink``          on a file: with ``index=on`` other names, still below, are links to it
+``nlink``          on a file or a link: with ``index=on`` further names below show it too, unless it is ``U-1``, which says
+                   that there are as many as the upper directory has (fs/overlayfs/inode.c, ovl_set_nlink_common)
 the rest           ``origin``, ``impure``, ``upper``, ``uuid``, ``protattr``: of no meaning without the overlay
 =================  ====================================================================================================
 
 The container may be running. What changes between two looks is noticed by size, mtime and ctime, and refused: a layer of
-which half is older than the other never existed as a state of anything.
+which half is older than the other never existed as a state of anything. So when all has been read, all is looked at once
+more: what did not change from the first look to the last was so at one moment, that in which the reading ended. (A store
+to a mapped page that was written before and is not on disk yet changes none of the three. No other reader notices either.)
+
+Nothing is opened that is not known to be a file or a directory: to open a device may set something off.
 
 Deep trees: one descriptor is open, for the directory that names are relative to. On the way up ``..`` is opened, and it
 must be the directory that was come from.
@@ -31,6 +36,7 @@ import enum
 import errno
 import os
 import stat
+from array import array
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, NamedTuple, NoReturn, Self
 
@@ -44,7 +50,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_FILE: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOATIME
+_PLACE: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+_FILE: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOATIME
 _CAP_SYS_ADMIN: Final = 21
 """linux/capability.h."""
 _ALL_IDS: Final = 2**32 - 1
@@ -91,7 +98,8 @@ class Notes(msgspec.Struct, frozen=True):
     redirect: bytes | None = None
     metacopy: bool = False
     whiteout: bool = False
-    indexed: bool = False
+    linked: bool = False
+    """Whether names that are still below show the same inode."""
 
 
 class Entry(msgspec.Struct, frozen=True):
@@ -152,6 +160,8 @@ class Upper:
             os.close(self._fd)
             raise
         self._levels = [_Level(b"", self.top.status)]
+        self._looks = array("q")
+        """Hashes of what was seen of every name, in order."""
 
     def close(self) -> None:
         """Let go of the directory."""
@@ -175,18 +185,23 @@ class Upper:
     def entry(self, name: bytes) -> Entry:
         """What ``name`` is in the current directory."""
         with self._sentence("look at", name):
-            status = os.stat(name, dir_fd=self._fd, follow_symlinks=False)
+            status = self._status(name)
             # xattrs have no calls with directory descriptors; this path means the same directory.
             return self._entry(b"/proc/self/fd/%d/%s" % (self._fd, name), status)
 
-    def enter(self, name: bytes, entry: Entry) -> None:
-        """Make the directory ``name``, seen as ``entry``, the current one."""
+    def _status(self, name: bytes) -> os.stat_result:
+        status = os.stat(name, dir_fd=self._fd, follow_symlinks=False)
+        self._looks.append(hash((name, signature(status))))
+        return status
+
+    def enter(self, name: bytes, seen: os.stat_result) -> None:
+        """Make the directory ``name``, which was ``seen`` before, the current one."""
         with self._sentence("enter", name):
             below = os.open(name, _DIRECTORY, dir_fd=self._fd)
             os.close(self._fd)
             self._fd = below
-        self._levels.append(_Level(name, entry.status))
-        self._check_unchanged(os.fstat(self._fd), entry.status, b".")
+        self._levels.append(_Level(name, seen))
+        self._check_unchanged(os.fstat(self._fd), seen, b".")
 
     def leave(self) -> None:
         """Go back up; refused if the directory is not as it was when it was entered."""
@@ -206,17 +221,37 @@ class Upper:
     def opened(self, name: bytes, entry: Entry) -> Iterator[int]:
         """A file of the current directory, open for reading; refused if it is not all the time what ``entry`` says."""
         with self._sentence("open", name):
+            place = os.open(name, _PLACE, dir_fd=self._fd)
             try:
-                fd = os.open(name, _FILE, dir_fd=self._fd)
-            except PermissionError:  # O_NOATIME is for the owner
-                fd = os.open(name, _FILE & ~os.O_NOATIME, dir_fd=self._fd)
+                self._check_unchanged(os.fstat(place), entry.status, name)
+                fd = _opened(b"/proc/self/fd/%d" % place)
+            finally:
+                os.close(place)
         try:
-            self._check_unchanged(os.fstat(fd), entry.status, name)
             with self._sentence("read", name):
                 yield fd
             self._check_unchanged(os.fstat(fd), entry.status, name)
         finally:
             os.close(fd)
+
+    def check_unchanged(self) -> None:
+        """Look at everything once more, after `entry` has told of every name in order: refused if anything has changed."""
+        before, self._looks = self._looks, array("q")
+        self._levels = [_Level(b"", self.top.status)]
+        ways = [iter(self.names())]
+        while ways:
+            name = next(ways[-1], None)
+            if name is None:
+                ways.pop()
+                self.leave()
+                continue
+            with self._sentence("look at", name):
+                status = self._status(name)
+            if self._looks[-1:] != before[len(self._looks) - 1 : len(self._looks)]:
+                self.fail_changed(name)
+            if stat.S_ISDIR(status.st_mode):
+                self.enter(name, status)
+                ways.append(iter(self.names()))
 
     # -- one inode -----------------------------------------------------------------------------------------------
 
@@ -241,7 +276,7 @@ class Upper:
                 redirect=notes.get(b"redirect"),
                 metacopy=b"metacopy" in notes,
                 whiteout=b"whiteout" in notes,
-                indexed=b"nlink" in notes,
+                linked=not notes.get(b"nlink", b"U-").startswith(b"U-"),
             ),
             tuple(xattrs),
             tuple(left_out),
@@ -274,6 +309,13 @@ class Upper:
             raise MachineError(f"cannot {doing} {self._where(name)}: {error.strerror}") from error
 
 
+def _opened(path: bytes) -> int:
+    try:
+        return os.open(path, _FILE)
+    except PermissionError:  # O_NOATIME is for the owner
+        return os.open(path, _FILE & ~os.O_NOATIME)
+
+
 def signature(status: os.stat_result) -> tuple[int, ...]:
     """What of a stat(2) changes when anything about the inode does. ctime alone would do; clocks may be coarse."""
     return (
@@ -281,6 +323,8 @@ def signature(status: os.stat_result) -> tuple[int, ...]:
         status.st_ino,
         status.st_mode,
         status.st_nlink,
+        status.st_uid,
+        status.st_gid,
         status.st_size,
         status.st_mtime_ns,
         status.st_ctime_ns,
