@@ -46,6 +46,7 @@ FAMILIES: Final[dict[str, dict[str, Place]]] = {
         "log": Place("provenance", "log", "Show every version of a path."),
         "why": Place("provenance", "why", "Say which layer and step a path is from, and where it lies."),
         "annotate": Place("provenance", "annotate", "Say which layer each line of input is about."),
+        "receipt": Place("provenance", "receipt", "Print a proof that a file is in the image, as JSON."),
         "deleted": Place("remains", "deleted", "List what was deleted, by what, and what is left of it."),
         "wasted": Place("remains", "wasted", "Add up the bytes in layers that no one sees."),
         "evidence": Place("evidence", "evidence", "Check evidence logs."),

@@ -311,6 +311,33 @@ def _extents_text(version: Version) -> str:
     return f"{stored} bytes in {len(version.extents)} pieces from {version.extents[0][2]} on"
 
 
+# -- receipt -------------------------------------------------------------------------------------------------------
+
+
+@click.command(
+    epilog=opt.examples(
+        "ocifs receipt oci:images/app:1.2 /usr/bin/env > env.receipt",
+        "ocifs receipt app.tar#2 /root/.ssh/id_rsa | jq -r .sha256",
+    )
+)
+@click.option("-L", "--dereference", is_flag=True, help="Of a link, take what it leads to.")
+@opt.ref_argument
+@click.argument("path", metavar="PATH")
+@opt.examination_options
+def receipt(choice: Choice, ref: str, path: str, *, dereference: bool) -> None:
+    """Print a proof that a file is in the image, as JSON.
+
+    Manifest, configuration, layer, offsets and SHA-256: scripts/check-receipt checks it against the layer's blob, without
+    ocifs. What it proves and what not it says itself. An image that is not what its digests say gives no receipt (exit
+    status 4). Of a file that was deleted the last version is taken.
+    """
+    from ocifs.forensics.receipt import as_document
+    from ocifs.forensics.receipt import receipt as make
+
+    with opened_examination(choice, ref) as examination:
+        output.print_document(as_document(make(examination, _current(examination, path, follow=dereference))))
+
+
 # -- annotate ------------------------------------------------------------------------------------------------------
 
 
