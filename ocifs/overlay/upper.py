@@ -424,9 +424,7 @@ class Upper:
         result = dict(present)
         total = sum(len(name) + len(value) for name, value in present)
         for name, value in entry.xattrs:
-            if name.startswith(OVERLAY_XATTRS):
-                continue
-            if not (self.options.all_xattrs or name.startswith(b"user.") or name == b"security.capability"):
+            if not shown_xattr(name, every=self.options.all_xattrs):
                 continue
             before = len(name) + len(result[name]) if name in result else 0
             after = total - before + len(name) + len(value)
@@ -654,6 +652,13 @@ def is_ghost(node: Node, known: dict[Node, bool]) -> bool:
             known[directory] = True
             stack.pop()
     return True
+
+
+def shown_xattr(name: bytes, *, every: bool) -> bool:
+    """Whether an extended attribute is shown by its full name (D10, W21); ``every``: also those hidden by default."""
+    return not name.startswith(OVERLAY_XATTRS) and (
+        every or name.startswith(b"user.") or name == b"security.capability"
+    )
 
 
 def children_of(directory: Node) -> dict[bytes, Node]:
