@@ -49,6 +49,7 @@ FAMILIES: Final[dict[str, dict[str, Place]]] = {
         "receipt": Place("provenance", "receipt", "Print a proof that a file is in the image, as JSON."),
         "deleted": Place("remains", "deleted", "List what was deleted, by what, and what is left of it."),
         "wasted": Place("remains", "wasted", "Add up the bytes in layers that no one sees."),
+        "diff": Place("comparing", "diff", "List how two images differ."),
         "evidence": Place("evidence", "evidence", "Check evidence logs."),
     },
     "Keep what a container changed": {

@@ -16,12 +16,12 @@ from ocifs.cli import options as opt
 from ocifs.cli import output
 from ocifs.cli.examining import ENDS, layer_json, opened_examination, version_json
 from ocifs.cli.options import Choice
+from ocifs.errors import DamagedError
 from ocifs.tree import Kind
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from ocifs.errors import DamagedError
     from ocifs.forensics.examination import Examination
     from ocifs.forensics.remains import Remnant, Waste
     from ocifs.history import Version
@@ -58,10 +58,11 @@ def deleted(choice: Choice, ref: str, *, replaced: bool, hashed: bool, as_json: 
 
     Fields of --json are those of a version, how, path_visible (the image shows something under this path), recoverable,
     sha256, and by: layer, digest, diff_id, created, created_by of the layer that removed it, null for what never was in
-    the tree.
+    the tree. Exit status 4 if --hash finds damaged data.
     """
     from ocifs.forensics.remains import deleted as all_deleted
 
+    status = 0
     with opened_examination(choice, ref) as examination:
         tally = _Tally()
         if not as_json:
@@ -73,8 +74,12 @@ def deleted(choice: Choice, ref: str, *, replaced: bool, hashed: bool, as_json: 
                 output.print_json(_remnant_json(examination, remnant, digest))
             else:
                 _print_remnant(remnant, digest, hashed=hashed)
+            if hashed and _data_word(remnant.version, digest, hashed=True) == "damaged":
+                status = DamagedError.exit_code
         if not as_json:
             tally.print(examination)
+    if status:
+        raise click.exceptions.Exit(status)
 
 
 _Digest = bytes | None
