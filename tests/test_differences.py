@@ -208,3 +208,11 @@ def test_diff_keeps_every_byte_of_names(run: Run, tmp_path: Path) -> None:
     )
     (row,) = (json.loads(line) for line in run("diff", "--json", *images).out.splitlines())
     assert os.fsencode(row["path"]) == b"/b\xff\n|"
+
+
+def test_diff_notes_both_images_in_one_evidence_log(run: Run, evidence: str, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    assert run("diff", "--evidence-log", str(log), evidence + "#2", evidence + "#3").status == 1
+    events = [json.loads(line) for line in log.read_bytes().splitlines()]
+    assert [event["event"] for event in events].count("opened") == 2
+    assert run("evidence", "verify", str(log)).status == 0

@@ -56,7 +56,7 @@ def diff(choice: Choice, before: str, after: str, *, content: bool, ignored: str
 
     left_out = _aspects(ignored)
     found = damaged = False
-    with opened_examination(choice, before) as old, opened_examination(choice, after) as new:
+    with opened_examination(choice, before) as old, opened_examination(choice, after, beside=old) as new:
         for difference in differences(old, new, ignored=left_out, hashed=content):
             found = True
             damaged = damaged or bool(difference.problems)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Final
 
 from ocifs.cli import options as opt
@@ -27,17 +28,36 @@ ENDS: Final = ("visible", "whiteout", "opaque", "replaced", "overridden", "left-
 """What ``--json`` calls a `ocifs.history.End`, by its number. Stable."""
 
 
+_given: ContextVar[Examination | None] = ContextVar("given", default=None)
+
+
 @contextlib.contextmanager
-def opened_examination(choice: Choice, ref: str) -> Iterator[Examination]:
+def given(examination: Examination) -> Iterator[None]:
+    """Have commands that run in the block work on an image that is open already, whatever they are told to open."""
+    token = _given.set(examination)
+    try:
+        yield
+    finally:
+        _given.reset(token)
+
+
+@contextlib.contextmanager
+def opened_examination(choice: Choice, ref: str, *, beside: Examination | None = None) -> Iterator[Examination]:
     """The image under examination, its layers indexed and its history built if need be, open for the length of the block.
 
-    Warnings are shown with -v only: 'ocifs audit' is the command for them.
+    ``beside`` is another one that is open: both write one evidence log, if one is wanted. Warnings are shown with -v only:
+    'ocifs audit' is the command for them.
     """
+    open_already = _given.get()
+    if open_already is not None:
+        yield open_already
+        return
     from ocifs.forensics.examination import open_examination
     from ocifs.spans import SpanCache
 
     with contextlib.ExitStack() as stack:
         store = stack.enter_context(opt.opened_store(choice))
+        evidence = stack.enter_context(opt.opened_evidence(choice)) if beside is None else beside.evidence
         with opt.new_progress() as progress:
             examination = stack.enter_context(
                 open_examination(
@@ -46,7 +66,7 @@ def opened_examination(choice: Choice, ref: str) -> Iterator[Examination]:
                     choice.image_options(),
                     progress,
                     cache=SpanCache(choice.cache_bytes()),
-                    evidence=stack.enter_context(opt.opened_evidence(choice)),
+                    evidence=evidence,
                 )
             )
         if choice.verbose:
