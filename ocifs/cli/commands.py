@@ -47,9 +47,11 @@ FAMILIES: Final[dict[str, dict[str, Place]]] = {
         "why": Place("provenance", "why", "Say which layer and step a path is from, and where it lies."),
         "annotate": Place("provenance", "annotate", "Say which layer each line of input is about."),
         "receipt": Place("provenance", "receipt", "Print a proof that a file is in the image, as JSON."),
+        "verify": Place("verifying", "verify", "Check an image against its digests, byte by byte."),
         "deleted": Place("remains", "deleted", "List what was deleted, by what, and what is left of it."),
         "wasted": Place("remains", "wasted", "Add up the bytes in layers that no one sees."),
         "diff": Place("comparing", "diff", "List how two images differ."),
+        "hash": Place("hashing", "hashes", "Hash every file of an image, and look hashes up in lists."),
         "evidence": Place("evidence", "evidence", "Check evidence logs."),
     },
     "Keep what a container changed": {

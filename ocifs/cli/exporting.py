@@ -25,7 +25,6 @@ from ocifs.tree import Kind
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from ocifs.erofs import Inode
     from ocifs.rootfs import RootFS
 
     Write = Callable[[bytes | memoryview], object]
@@ -61,7 +60,8 @@ def write_archive(view: RootFS, write: Write) -> int:
     first_names: dict[int, bytes] = {}
     left_out = 0
     write(archive.header(members.member(view, b".", view.root)))
-    for path, found in _preorder(view):
+    # In any other order GNU tar would set a directory's time and then change it by extracting into it.
+    for path, found in view.preorder():
         ino, is_file = found.ino, found.kind is Kind.FILE
         if is_file and view.tree.unreadable(ino):
             output.complain(f"left out {output.decode(path)}: no layer holds its data (rules D6, H6 and L2)")
@@ -75,27 +75,6 @@ def write_archive(view: RootFS, write: Write) -> int:
         members.write(view, ino, members.member(view, path, ino, hard_link), write)
     write(archive.END)
     return left_out
-
-
-def _preorder(view: RootFS) -> Iterator[tuple[bytes, Inode]]:
-    """Everything below the root, each directory right before what is in it, paths as an archive has them.
-
-    In any other order GNU tar would set a directory's time and then change it by extracting into it.
-    """
-    levels = [(b"", view.readdir(view.root))]
-    while levels:
-        prefix, entries = levels[-1]
-        for name, ino, *_ in entries:
-            if name in (b".", b".."):
-                continue
-            found = view.inode(ino)
-            path = prefix + name
-            yield path, found
-            if found.kind is Kind.DIR:
-                levels.append((path + b"/", view.readdir(ino)))
-                break
-        else:
-            levels.pop()
 
 
 @contextlib.contextmanager
