@@ -17,8 +17,8 @@ spans      ``spans``                                             decoded data: c
 view       ``rootfs`` ``devices``                                an image as names and attributes; as device files
 uses       ``fuse`` ``kernel`` ``members`` ``changes``           FUSE; EROFS mounted; tar members; a layer of changes
 examiners  ``forensics``                                         what was deleted, who wrote it, is it what was hashed
-driver     ``driver``                                            how an image reaches the kernel: fuse or erofs
-process    ``daemon`` ``mount``                                  mount life cycle; mounting an image
+driver     ``forest`` ``driver``                                 views beside an image; fuse or erofs to the kernel
+process    ``daemon`` ``examined`` ``mount``                     life cycle; what examiners see; mounting an image
 container  ``bundle``                                            a directory that runc starts a container from
 words      ``cli``                                               commands
 =========  ====================================================  ==================================================

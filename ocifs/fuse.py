@@ -12,7 +12,7 @@ the kernel would not remember. Permissions are checked by the kernel (``default_
 for what it does not check itself.
 
 pyfuse3 facts this is built on (3.5.0): ``read`` gets nothing but the file handle, so the handle is the inode number; any
-exception other than FUSEError ends the file system, so `_answering` turns the rest into EIO and a log line (but never
+exception other than FUSEError ends the file system, so `answering` turns the rest into EIO and a log line (but never
 BaseException: trio's Cancelled must pass); READDIRPLUS is always on, so attributes objects are reused.
 """
 
@@ -24,8 +24,8 @@ import logging
 import os
 import stat
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import pyfuse3
 
@@ -34,6 +34,9 @@ from ocifs.erofs.layout import NAME_MAX
 from ocifs.errors import OcifsError
 from ocifs.rootfs import RootFS
 from ocifs.tree import Kind
+
+if TYPE_CHECKING:
+    from ocifs.erofs import DirectoryEntry, Inode
 
 _log = logging.getLogger(__name__)
 
@@ -57,7 +60,7 @@ _R = TypeVar("_R")
 _A = TypeVar("_A", bound="_ReadOnly")
 
 
-def _answering(
+def answering(
     operation: Callable[Concatenate[_A, _P], Coroutine[Any, Any, _R]],
 ) -> Callable[Concatenate[_A, _P], Coroutine[Any, Any, _R]]:
     """Make an operation answer with an errno whatever happens: the session must survive every request."""
@@ -138,6 +141,37 @@ class _ReadOnly(pyfuse3.Operations):
     setxattr = removexattr = _refused
 
 
+class Served(Protocol):
+    """A tree that can be served; `ocifs.rootfs.RootFS` is one and says what each method gives."""
+
+    def inode(self, ino: int) -> Inode:
+        """Attributes of an inode."""
+        ...
+
+    def lookup(self, directory: int, name: bytes) -> int | None:
+        """The inode that a name is in a directory; None if there is no such name."""
+        ...
+
+    def readdir(self, directory: int, position: int = 0) -> Iterator[DirectoryEntry]:
+        """Entries from a position on."""
+        ...
+
+    def readlink(self, ino: int) -> bytes:
+        """Target of a symbolic link."""
+        ...
+
+    def xattrs(self, ino: int) -> dict[bytes, bytes]:
+        """Extended attributes by full name."""
+        ...
+
+    def check_readable(self, ino: int) -> None:
+        """Raise what opening a file fails with."""
+
+    async def read(self, ino: int, offset: int, size: int) -> bytes | memoryview:
+        """Bytes of a file; fewer at its end."""
+        ...
+
+
 class Adapter(_ReadOnly):
     """A forest of views as a read-only FUSE file system."""
 
@@ -154,7 +188,7 @@ class Adapter(_ReadOnly):
         self._missing.entry_timeout = FOREVER
         self._has_xattrs = any(tree.tree.metadata.any_xattr for tree in trees)
 
-    def _at(self, inode: int) -> tuple[RootFS, int, int]:
+    def _at(self, inode: int) -> tuple[Served, int, int]:
         """The view, the nid in it, and what to add to its nids."""
         number = inode >> TREE_SHIFT
         return self._trees[number], inode & ((1 << TREE_SHIFT) - 1), number << TREE_SHIFT
@@ -186,7 +220,7 @@ class Adapter(_ReadOnly):
 
     # -- names ---------------------------------------------------------------------------------------------------
 
-    @_answering
+    @answering
     async def lookup(
         self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
@@ -197,18 +231,18 @@ class Adapter(_ReadOnly):
         found = view.lookup(nid, name)
         return self._missing if found is None else self._attr(base | found)
 
-    @_answering
+    @answering
     async def getattr(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
         """GETATTR."""
         return self._attr(inode)
 
-    @_answering
+    @answering
     async def readlink(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileNameT:
         """READLINK."""
         view, nid, _ = self._at(inode)
         return pyfuse3.FileNameT(view.readlink(nid))
 
-    @_answering
+    @answering
     async def readdir(self, fh: pyfuse3.FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         """READDIRPLUS from position ``start_id`` until the reply is full."""
         view, nid, base = self._at(fh)
@@ -219,7 +253,7 @@ class Adapter(_ReadOnly):
 
     # -- data ----------------------------------------------------------------------------------------------------
 
-    @_answering
+    @answering
     async def open(self, inode: pyfuse3.InodeT, flags: pyfuse3.FlagT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         """OPEN for reading: the handle is the inode number, and cached pages stay valid."""
         if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
@@ -228,7 +262,7 @@ class Adapter(_ReadOnly):
         view.check_readable(nid)
         return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(inode), keep_cache=True)
 
-    @_answering
+    @answering
     async def read(self, fh: pyfuse3.FileHandleT, off: int, size: int) -> bytes:
         """READ."""
         view, nid, _ = self._at(fh)
@@ -238,7 +272,7 @@ class Adapter(_ReadOnly):
 
     # -- the rest ------------------------------------------------------------------------------------------------
 
-    @_answering
+    @answering
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
         """STATFS: what the image holds, and no room for more."""
         about = self._trees[0].tree.metadata
@@ -252,7 +286,7 @@ class Adapter(_ReadOnly):
         answer.f_namemax = NAME_MAX
         return answer
 
-    @_answering
+    @answering
     async def getxattr(self, inode: pyfuse3.InodeT, name: pyfuse3.XAttrNameT, ctx: pyfuse3.RequestContext) -> bytes:
         """GETXATTR: ENOSYS, so that the kernel stops asking, only if no inode has any."""
         if not self._has_xattrs:
@@ -263,7 +297,7 @@ class Adapter(_ReadOnly):
             raise pyfuse3.FUSEError(pyfuse3.ENOATTR)
         return value
 
-    @_answering
+    @answering
     async def listxattr(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> Sequence[pyfuse3.XAttrNameT]:
         """LISTXATTR."""
         if not self._has_xattrs:
@@ -298,7 +332,7 @@ class DeviceAdapter(_ReadOnly):
         entry.st_blksize = BLKSIZE
         return entry
 
-    @_answering
+    @answering
     async def lookup(
         self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
@@ -307,12 +341,12 @@ class DeviceAdapter(_ReadOnly):
             raise pyfuse3.FUSEError(errno.ENOENT)
         return self._attr(int(name) + 2)
 
-    @_answering
+    @answering
     async def getattr(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
         """GETATTR."""
         return self._attr(inode)
 
-    @_answering
+    @answering
     async def readdir(self, fh: pyfuse3.FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         """READDIRPLUS."""
         for number in range(start_id, len(self._files)):
@@ -320,12 +354,12 @@ class DeviceAdapter(_ReadOnly):
             if not pyfuse3.readdir_reply(token, name, self._attr(number + 2), number + 1):
                 break
 
-    @_answering
+    @answering
     async def open(self, inode: pyfuse3.InodeT, flags: pyfuse3.FlagT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         """OPEN: cached pages stay valid."""
         return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(inode), keep_cache=True)
 
-    @_answering
+    @answering
     async def read(self, fh: pyfuse3.FileHandleT, off: int, size: int) -> bytes:
         """READ."""
         file = self._files[fh - 2]

@@ -20,10 +20,11 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from ocifs import daemon, driver
 from ocifs.daemon import Claim, Record
@@ -33,6 +34,9 @@ from ocifs.evidence import EvidenceLog
 from ocifs.image import Image
 from ocifs.rootfs import view
 from ocifs.spans import DEFAULT_CACHE, SpanCache, SpanReader
+
+if TYPE_CHECKING:
+    from ocifs.examined import Examined
 
 _log = logging.getLogger(__name__)
 
@@ -59,14 +63,22 @@ class Place:
         self._claim.release()
 
     def mount(
-        self, image: Image, cache: Path, *, reference: str, cache_bytes: int = DEFAULT_CACHE, foreground: bool = False
+        self,
+        image: Image,
+        cache: Path,
+        *,
+        reference: str,
+        cache_bytes: int = DEFAULT_CACHE,
+        foreground: bool = False,
+        examined: Examined | None = None,
     ) -> Record:
         """Mount ``image`` here and give the record of the mount, as ``ocifs ps`` lists it.
 
         Returns once the mount answers, while a daemon serves it; in the foreground when the mount has ended. The daemon
         has its own copies of the image's files: the caller may close ``image``. ``cache`` is the directory of the store
         that the image was opened from and ``reference`` what people are shown. ``cache_bytes`` bounds the decoded data
-        that the daemon keeps. Raises `MachineError` if the mount does not come about.
+        that the daemon keeps. ``examined`` says what an image under examination shows beside its tree, with the fuse driver.
+        Raises `MachineError` if the mount does not come about.
         """
         record = Record(
             mountpoint=str(self.mountpoint),
@@ -79,13 +91,48 @@ class Place:
             cache=str(cache),
             log=str(self._claim.log),
         )
-        decoded = SpanCache(cache_bytes)
+        with ExitStack() as stack:
+            serve = self._serving(image, cache, reference, SpanCache(cache_bytes), examined, stack)
+            return self._run(serve, record, image, foreground=foreground)
+
+    def _serving(
+        self,
+        image: Image,
+        cache: Path,
+        reference: str,
+        decoded: SpanCache,
+        examined: Examined | None,
+        stack: ExitStack,
+    ) -> Callable[[Keeper], None]:
+        """Give what the daemon does; what it needs is open until ``stack`` is closed."""
         if self.driver == "erofs":
             spans = SpanReader([layer.data for layer in image.layers], decoded, evidence=image.evidence)
             files, private = device_files(image, spans), daemon.private_place(self._claim)
-            serve = partial(driver.serve_erofs, files, [spans], self.mountpoint, private, self.options)
-        else:
-            serve = partial(driver.serve_fuse, [view(image, decoded)], self.mountpoint, self.options, reference)
+            return partial(driver.serve_erofs, files, [spans], self.mountpoint, private, self.options)
+        shown = view(image, decoded)
+        serve_fuse = partial(driver.serve_fuse, [shown], self.mountpoint, self.options, reference)
+        if examined is None:
+            return serve_fuse
+        from ocifs import examined as examining  # noqa: PLC0415 (most mounts have no use for it)
+
+        def let_go() -> None:
+            self._claim.hand_over()
+            if image.evidence is not None:
+                image.evidence.leave()
+
+        blobs = stack.enter_context(examining.opened_blobs(image))
+        return partial(
+            examining.serve,
+            image=image,
+            cache=cache,
+            examined=examined,
+            view=shown,
+            blobs=blobs,
+            serve_fuse=serve_fuse,
+            let_go=let_go,
+        )
+
+    def _run(self, serve: Callable[[Keeper], None], record: Record, image: Image, *, foreground: bool) -> Record:
         run = daemon.run_foreground if foreground else daemon.run_background
         if image.evidence is None:
             return run(serve, record, self._claim)

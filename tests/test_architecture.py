@@ -29,12 +29,13 @@ WITHIN_A_ROW = {
     ("image", "layer_data"): "an image opens the layers it is made of",
     ("changes", "members"): "what a rename brought along is written as export writes it",
     ("mount", "daemon"): "a mount is served by it",
+    ("mount", "examined"): "it is what an examined mount serves",
 }
 """Pairs (importer, imported) of one row, each with its reason."""
 
 MOUNTING = frozenset({"pyfuse3", "trio"})
 """What only a mount needs: a command that lists, reads or copies works where these cannot even be imported."""
-MOUNTING_ROOMS = frozenset({"bundle", "daemon", "driver", "fuse", "mount"})
+MOUNTING_ROOMS = frozenset({"bundle", "daemon", "driver", "examined", "forest", "fuse", "mount"})
 
 DRAWERS = frozenset({"utils", "util", "common", "helpers", "helper", "constants", "misc"})
 """Names that say nothing about what is inside."""

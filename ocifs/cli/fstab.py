@@ -106,6 +106,8 @@ def _understood(options: list[str], choice: Choice, *, sloppy: bool) -> tuple[st
             output.complain("warning: an image is write-protected, mounted read-only; say ro to say so")
         elif name == "driver" and value in DRIVERS:
             driver = value
+        elif name == "examine" and equals:
+            chosen["examine"], chosen["views"] = True, value
         elif option in _SWITCHES:
             chosen[name] = True
         elif equals and name in _VALUES:

@@ -14,6 +14,7 @@ import msgspec
 from ocifs.cli import options as opt
 from ocifs.cli import output
 from ocifs.cli.options import Choice
+from ocifs.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
     from ocifs.daemon import Listed
+    from ocifs.examined import Examined
+    from ocifs.image import Image, ImageOptions
 
 _DRIVERS: Final = ("auto", "erofs", "fuse")
 
@@ -31,13 +34,28 @@ def _complete_mountpoint(_: click.Context, __: click.Parameter, incomplete: str)
     return complete_mountpoint(incomplete)
 
 
+class _Mount(click.Command):
+    """The command, whose flag --examine may be followed by words: ``--examine=visible``."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Take what follows the flag for an option of its own: click would take the next argument for it."""
+        end = args.index("--") if "--" in args else len(args)
+        spelt: list[str] = []
+        for word in args[:end]:
+            flag, equals, value = word.partition("=")
+            spelt += [flag, f"--views={value}"] if flag == "--examine" and equals else [word]
+        return super().parse_args(ctx, spelt + args[end:])
+
+
 @click.command(
+    cls=_Mount,
     epilog=opt.examples(
         "ocifs mount oci:images/app:1.2 /mnt",
         "ocifs mount -o allow_other,noexec app.tar /mnt",
+        "ocifs mount --examine=visible evidence.tar /mnt",
         "ocifs mount --layer 3 oci:images/app:1.2 /mnt",
         "ocifs mount --foreground -v containerd:docker.io/library/redis:7 /mnt",
-    )
+    ),
 )
 @click.option(
     "--driver",
@@ -48,6 +66,7 @@ def _complete_mountpoint(_: click.Context, __: click.Parameter, incomplete: str)
 )
 @click.option("-f", "--foreground", is_flag=True, help="Serve in this process, until the mount ends.")
 @click.option("-o", "fuse_words", metavar="OPT[,OPT…]", multiple=True, help="Mount options, as allow_other or noexec.")
+@click.option("--views", hidden=True)
 @opt.ref_argument
 @click.argument("directory", metavar="DIR", type=click.Path(file_okay=False))
 @opt.data_options
@@ -62,6 +81,12 @@ def mount(
     As root the mount is, like any other, there for every user of the machine; with --driver fuse it is for root alone,
     unless -o allow_other is given. --examine, --layer and options that only FUSE knows (allow_other, allow_root,
     auto_unmount, default_permissions) are served by fuse; -v says why.
+
+    With --examine the mount is evidence: nosuid, nodev and noexec, every object says where it comes from (getfattr -d), and
+    a directory .ocifs in its root, which no listing shows, has each layer alone (layers), the image as its first layers
+    make it (upto), what was deleted (deleted), every version of every path (history), blobs and tars (raw), bytes that
+    belong to no file (slack), and reports. --examine=visible lists it; --examine=sha256 has getfattr -d show, and so read,
+    every file's SHA-256; both: --examine=visible,sha256.
     """
     words = [word for group in fuse_words for word in group.split(",") if word]
     mount_on(choice, ref, directory, driver=driver, words=words, foreground=foreground)
@@ -73,15 +98,39 @@ def mount_on(
     """Mount as the options say. Wrong words are refused before anything else is done."""
     wanted = choice.image_options()
     cache_bytes = choice.cache_bytes()
+    from ocifs.driver import evidence_options
     from ocifs.mount import reserve  # only what mounts loads FUSE
 
     examining = wanted.examine or wanted.layer is not None
+    if wanted.examine:
+        words = evidence_options(words)
+        _views(choice)
     with (
         reserve(Path(directory), wanted=driver, words=words, examining=examining) as place,
         opt.opened_store(choice) as store,
         opt.opened_image(choice, ref, store=store) as image,
     ):
-        place.mount(image, store.path, reference=ref, cache_bytes=cache_bytes, foreground=foreground)
+        examined = _examined(choice, wanted, ref, image)
+        place.mount(image, store.path, reference=ref, cache_bytes=cache_bytes, foreground=foreground, examined=examined)
+
+
+def _examined(choice: Choice, options: ImageOptions, ref: str, image: Image) -> Examined | None:
+    """What the mount shows beside the image: nothing unless it is examined, nor where there are no views."""
+    if not options.examine or options.layer is not None or image.resolved.image.artifact is not None:
+        return None
+    from ocifs.cli.reports import reports
+    from ocifs.examined import Examined
+
+    views = _views(choice)
+    return Examined(options, reports(ref), visible="visible" in views, list_hashes="sha256" in views)
+
+
+def _views(choice: Choice) -> set[str]:
+    """The words behind --examine=. Raises `UsageError` for one that is not known."""
+    words = set() if choice.views is None else set(choice.views.split(","))
+    if unknown := words - {"visible", "sha256"}:
+        raise UsageError(f"--examine={min(unknown)} is not known; there are visible and sha256")
+    return words
 
 
 @click.command(epilog=opt.examples("ocifs umount /mnt", "ocifs umount --lazy /mnt/a /mnt/b"))

@@ -52,6 +52,8 @@ class Choice:
     upto: int | None = None
     layer: int | None = None
     examine: bool = False
+    views: str | None = None
+    """What ``--examine=`` of a mount says, words with commas between them."""
     show_whiteout_devices: bool = False
     follow_dirlinks: bool = False
     all_xattrs: bool = False

@@ -33,6 +33,15 @@ def check_options(words: Sequence[str]) -> tuple[str, ...]:
     return tuple(options)
 
 
+def evidence_options(words: Sequence[str]) -> tuple[str, ...]:
+    """Give the user's options for a mount of evidence, which is nosuid, nodev and noexec. `UsageError` for the opposites."""
+    for word in words:
+        if word in ("suid", "dev", "exec"):
+            message = f"the option {word!r} makes no sense with --examine: evidence is mounted nosuid, nodev and noexec"
+            raise UsageError(message)
+    return (*words, "noexec")
+
+
 def libfuse_options(options: Sequence[str], reference: str) -> set[str]:
     """Say options that `check_options` gave in libfuse's words, and ours with them."""
     # A comma separates options; libfuse takes a backslash to mean the next character itself (lib/fuse_opt.c).

@@ -20,15 +20,22 @@ if TYPE_CHECKING:
 
 
 def serve_fuse(
-    trees: Sequence[RootFS], mountpoint: Path, options: Sequence[str], reference: str, keeper: Keeper
+    trees: Sequence[RootFS],
+    mountpoint: Path,
+    options: Sequence[str],
+    reference: str,
+    keeper: Keeper,
+    *,
+    adapter: Adapter | None = None,
 ) -> None:
     """Serve ``trees`` at ``mountpoint`` until the mount ends. Ready is when a stat(2) was answered.
 
-    Raises `MachineError` if mounting fails.
+    ``adapter`` is one that shows more than the trees, whose data it reads as they do. Raises `MachineError` if mounting
+    fails.
     """
     from ocifs.fuse import Adapter
 
-    adapter, spans = Adapter(trees), [tree.spans for tree in trees]
+    adapter, spans = adapter or Adapter(trees), [tree.spans for tree in trees]
 
     def prove() -> None:
         raise_readahead(os.stat(mountpoint).st_dev)
