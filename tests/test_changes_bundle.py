@@ -99,6 +99,20 @@ def test_a_bundle_that_has_ended_can_be_committed_after_its_tag_has_moved(tmp_pa
         assert ocifs("cat", f"{image}:latest", "/one").stdout == "one\n"
 
 
+def test_a_bundle_that_was_renamed_is_read_where_it_is_now(tmp_path: Path) -> None:
+    """Also when another has its old place."""
+    image, box, elsewhere = write_image(tmp_path / "image"), tmp_path / "box", tmp_path / "elsewhere"
+    with bundled(image, box):
+        assert in_container(box, "echo one > /one")[0] == 0
+        assert ocifs("unbundle", box).returncode == 0
+    box.rename(elsewhere)
+    with bundled(image, box):
+        assert in_container(box, "echo two > /two")[0] == 0
+        (tmp_path / "link").symlink_to(elsewhere)
+        assert ocifs("diff-upper", tmp_path / "link").stdout == "C /\nA /one\n"
+        assert ocifs("diff-upper", box).stdout == "C /\nA /two\n"
+
+
 def test_a_bundle_whose_image_is_gone_says_so(tmp_path: Path) -> None:
     image, box = write_image(tmp_path / "image"), tmp_path / "box"
     with bundled(image, box):

@@ -23,7 +23,10 @@ _LIMIT: Final = 1 << 20
 
 
 class State(msgspec.Struct, frozen=True):
-    """A bundle. Paths are absolute; bytes that are no UTF-8 are surrogateescaped, as in mount records."""
+    """A bundle, as `load` gives it where it is now.
+
+    Paths are absolute; bytes that are no UTF-8 are surrogateescaped, as in mount records.
+    """
 
     format: int
     reference: str
@@ -81,9 +84,24 @@ def load(directory: Path) -> State:
         read = json.loads(raw)
         if isinstance(read, dict) and read.get("format") != FORMAT:
             raise UnsupportedError(f"{path} has format {read.get('format')!r}; this ocifs knows {FORMAT}")
-        return msgspec.convert(read, State)
+        return _moved(msgspec.convert(read, State), directory)
     except (ValueError, RecursionError, msgspec.MsgspecError) as error:
         raise DamagedError(f"{path} is not what ocifs wrote: {error}") from None
+
+
+def _moved(made: State, directory: Path) -> State:
+    """The state with the paths that what is in the bundle has now: its directory may have been renamed since."""
+    before, now = Path(made.lower).parent, Path(os.path.realpath(directory))
+
+    def place(path: str) -> str:
+        return str(now / Path(path).relative_to(before)) if Path(path).is_relative_to(before) else path
+
+    return msgspec.structs.replace(
+        made,
+        lower=place(made.lower),
+        upper=None if made.upper is None else place(made.upper),
+        work=None if made.work is None else place(made.work),
+    )
 
 
 def _encoded(state: State) -> bytes:
