@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from ocifs.changes import layout as layout_module
+from ocifs.changes import recipe
 from ocifs.changes.layout import LayoutWriter
 from ocifs.changes.recipe import Change, Instruction, parse_change, rfc3339
 from ocifs.errors import UsageError
@@ -411,6 +413,33 @@ def test_a_damaged_index_is_left_alone(run: Run, tmp_path: Path, upper: str) -> 
     assert status == 4
     assert "is not as specified" in err
     assert everything(tmp_path / "out") == {"index.json"}
+
+
+def test_documents_that_are_nested_as_deeply_as_can_just_be_read(
+    run: Run, tmp_path: Path, upper: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What reads them first may have a little more room than what reads or writes them then."""
+    write_layout(tmp_path / "image", [ONE])
+    put_image(tmp_path / "out", make_image([TWO]), tag="other")
+    before = (tmp_path / "out/index.json").read_bytes()
+    for which, says in (("loads", "out/index.json is nested too deeply"), ("dumps", "is nested too deeply")):
+        with monkeypatch.context() as patch:
+            patch.setattr(layout_module if which == "loads" else recipe, "json", TooDeep(which))
+            status, _, err = run("commit", "--image", str(tmp_path / "image"), upper, f"oci:{tmp_path}/out:new")
+        assert (status, says in err) == (4, True)
+    assert (tmp_path / "out/index.json").read_bytes() == before
+
+
+class TooDeep:
+    """json, but for one function."""
+
+    def __init__(self, function: str) -> None:
+        self._function = function
+
+    def __getattr__(self, name: str) -> Any:
+        if name == self._function:
+            raise RecursionError
+        return getattr(json, name)
 
 
 def test_a_blob_of_the_wrong_size_is_replaced(run: Run, tmp_path: Path, upper: str) -> None:

@@ -222,12 +222,10 @@ class LayoutWriter:
     def publish(self, tag: str, descriptor: Json) -> None:
         """Put every blob in its place, then the tag. What fails, for want of space or at a damaged index, is undone."""
         with _sentence("write to", self.path), self._locked():
-            index = self._index()
+            staged = self._stage_index(tag, descriptor)
             for digest, size in self._found.items():
                 if not self._is_here(digest, size):
                     raise BusyError(f"{shown(self._blob_path(digest))} was removed meanwhile: try again")
-            tagged = _tagged(index.get("manifests") or [], tag, descriptor)
-            staged = self._stage_document(_INDEX, {**index, "manifests": tagged})
             undo = contextlib.ExitStack()
             try:
                 self._place(undo)
@@ -254,6 +252,15 @@ class LayoutWriter:
             _sync_directory(directory)
         _sync_directory(blobs)
         _sync_directory(self.path)
+
+    def _stage_index(self, tag: str, descriptor: Json) -> bytes:
+        try:
+            index = self._index()
+            tagged = _tagged(index.get("manifests") or [], tag, descriptor)
+            return self._stage_document(_INDEX, {**index, "manifests": tagged})
+        except RecursionError:
+            path = os.path.join(self.path, _INDEX)
+            raise DamagedError(f"{shown(path)} is nested too deeply, so no image can be added to it") from None
 
     def _index(self) -> Json:
         """``index.json`` as it is now; a new one if there is none."""

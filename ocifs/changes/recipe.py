@@ -224,4 +224,8 @@ def rfc3339(time_ns: int) -> str:
 
 
 def _dump(document: Json) -> bytes:
-    return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "backslashreplace")
+    try:
+        text = json.dumps(document, ensure_ascii=False, separators=(",", ":"))
+    except RecursionError:
+        raise DamagedError("the image configuration is nested too deeply") from None
+    return text.encode("utf-8", "backslashreplace")
