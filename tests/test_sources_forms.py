@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import shutil
@@ -427,10 +428,9 @@ def test_a_blob_that_is_no_file_neither_hangs_nor_acts(tmp_path: Path, kind: str
         case "directory":
             path.mkdir()
         case "socket":
-            os.chdir(path.parent)  # a socket's path has at most 107 bytes
-            with socket.socket(socket.AF_UNIX) as server:
+            # A socket's path has at most 107 bytes.
+            with contextlib.chdir(path.parent), socket.socket(socket.AF_UNIX) as server:
                 server.bind(path.name)
-            os.chdir("/")
         case "dangling":
             path.symlink_to("nowhere")
         case "loop":
