@@ -31,8 +31,9 @@ _PERIOD: Final = 0.1
 class TerminalProgress:
     """A bar for each layer, with bytes. Implements `ocifs.image.Progress`."""
 
-    def __init__(self) -> None:
-        """Show nothing yet."""
+    def __init__(self, doing: str = "indexing") -> None:
+        """Show nothing yet; ``doing`` is the word for what is done with a layer."""
+        self._doing = doing
         self._started: float | None = None
         self._drawn = 0.0
         self._bar: Bar | None = None
@@ -84,7 +85,7 @@ class TerminalProgress:
             if layer not in self._tasks:
                 # The end of a blob's path is its digest, of which the beginning is enough to know it by.
                 last = printable(label).rstrip("/").rsplit("/", 1)[-1][:12]
-                words = f"indexing archive {last}" if layer == 0 else f"indexing layer {layer} {last}"
+                words = f"{self._doing} archive {last}" if layer == 0 else f"{self._doing} layer {layer} {last}"
                 self._tasks[layer] = self._bar.add_task(words, total=size or None)
             self._bar.update(self._tasks[layer], completed=done)
         self._bar.refresh()
@@ -116,12 +117,12 @@ def _new_bar() -> Bar:
 
 
 @contextlib.contextmanager
-def showing() -> Iterator[Progress]:
-    """Somebody to tell about progress: a bar if standard error is a terminal, else nobody."""
+def showing(doing: str = "indexing") -> Iterator[Progress]:
+    """Somebody to tell about progress: a bar if standard error is a terminal, else nobody. ``doing``: what it is."""
     if sys.stderr is None or not sys.stderr.isatty():
         yield Silent()
         return
-    progress = TerminalProgress()
+    progress = TerminalProgress(doing)
     try:
         yield progress
     finally:
