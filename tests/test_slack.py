@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import pytest
 
-from ocifs.forensics.examination import Examination, open_examination
 from ocifs.forensics.slack import Region, RegionKind, regions
-from ocifs.image import ImageOptions
-from ocifs.store import Store
-from tests.support.evidence_image import write_evidence
-from tests.support.layout import make_image, put_image
+from tests.support.evidence_image import layer_tars
+from tests.support.examined import examined
 from tests.support.tarball import (
     HARDLINK,
     PAX_GLOBAL,
@@ -28,19 +24,7 @@ from tests.support.tarball import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
-
-
-@contextmanager
-def examined(tmp_path: Path, *layers: bytes, compression: str = "plain") -> Iterator[Examination]:
-    """The image of these layers under examination."""
-    put_image(tmp_path / "image", make_image(layers, compression=compression))
-    with (
-        Store(tmp_path / "cache") as store,
-        open_examination(f"oci:{tmp_path}/image", store, ImageOptions()) as examination,
-    ):
-        yield examination
 
 
 def found(tmp_path: Path, *layers: bytes) -> list[Region]:
@@ -56,11 +40,7 @@ def seen(tmp_path: Path, *layers: bytes) -> list[tuple[str, int, bytes]]:
 
 @pytest.mark.parametrize("compression", ["gzip", "zstd"])
 def test_the_evidence_image(tmp_path: Path, compression: str) -> None:
-    reference = write_evidence(tmp_path / "image", compression)
-    with (
-        Store(tmp_path / "cache") as store,
-        open_examination(reference, store, ImageOptions()) as examination,
-    ):
+    with examined(tmp_path, *layer_tars(), compression=compression) as examination:
         for padding in (True, False):
             assert [list(regions(examination, layer, padding=padding)) for layer in range(1, 6)] == [
                 [],
