@@ -94,7 +94,7 @@ def hashes(
     """Hash every file of an image, and look hashes up in lists.
 
     Each byte is decoded and hashed once; hard links are listed under each name. With --layers all, versions that a later
-    layer deleted or replaced and entries that no tree ever had are hashed as well. In memory are 40 bytes for each file, with
+    layer deleted or replaced and entries that no tree ever had are hashed as well. Memory holds 40 bytes for each file, with
     --known about 150.
 
     Fields of --json are path, layer, entry, size, one for each algorithm, and known (null without --known); layer is the one

@@ -8,8 +8,8 @@ sha256sum
     As coreutils write and check it: ``HASH  name``; if the name has a backslash, newline or carriage return, these are
     ``\\``, ``\n`` and ``\r`` and the line begins with a backslash.
 mtree
-    The specification of mtree(8) with full paths, names in vis(3)'s octal form (``\ooo``). A name is a pattern to mtree, so
-    what a pattern has as special characters is preceded by a backslash, itself in octal.
+    The specification of mtree(8) with full paths, names in vis(3)'s octal form (``\ooo``). A name with ``*``, ``?`` or ``[`` is
+    a pattern to mtree, so all special characters of patterns in it are preceded by a backslash, itself in octal.
 
 Not here: the hashes (`ocifs.forensics.hashes`).
 """
@@ -34,7 +34,8 @@ _TYPES: Final = {
     Kind.BLOCK: "block",
     Kind.FIFO: "fifo",
 }
-_PATTERN: Final = frozenset(b"*?[]\\")
+_MAGIC: Final = frozenset(b"*?[")
+_PATTERN: Final = _MAGIC | frozenset(b"]\\")
 _LITERAL: Final = frozenset(range(0x21, 0x7F)) - _PATTERN - frozenset(b"#")
 
 
@@ -67,7 +68,7 @@ def mtree_line(path: bytes, found: Inode, readlink: Callable[[int], bytes], dige
     """Give the line of anything in a tree; ``path`` is without a leading slash, empty for the root."""
     seconds, nanoseconds = divmod(found.mtime_ns, 10**9)
     words = [
-        "./" + vis(path, pattern=True) if path else ".",
+        "./" + _pattern(path) if path else ".",
         f"type={_TYPES[found.kind]}",
         f"uid={found.uid}",
         f"gid={found.gid}",
@@ -85,11 +86,14 @@ def mtree_line(path: bytes, found: Inode, readlink: Callable[[int], bytes], dige
     return " ".join(words).encode("ascii") + b"\n"
 
 
-def vis(name: bytes, *, pattern: bool = False) -> str:
-    """Write a name as ``vis -o`` does; ``pattern``: so that fnmatch(3) takes it for this name and no other."""
-    encoded = []
-    for byte in name:
-        if pattern and byte in _PATTERN:
-            encoded.append("\\134")
-        encoded.append(chr(byte) if byte in _LITERAL else f"\\{byte:03o}")
-    return "".join(encoded)
+def vis(name: bytes) -> str:
+    """Write a name as ``vis -o`` does."""
+    return "".join(chr(byte) if byte in _LITERAL else f"\\{byte:03o}" for byte in name)
+
+
+def _pattern(path: bytes) -> str:
+    """Write a path so that mtree takes each name for itself and no other: fnmatch(3) sees it if it has ``*``, ``?``, ``[``."""
+    return "/".join(
+        "".join("\\134" * (byte in _PATTERN) + vis(bytes([byte])) for byte in name) if _MAGIC & set(name) else vis(name)
+        for name in path.split(b"/")
+    )
