@@ -1,57 +1,24 @@
-"""Our own cache on disk: layer indexes, re-framed copies, image trees; atomic, locked, bounded.
+"""The cache directory: opened, locked, swept, bounded.
 
-What it is: a directory of immutable files, each named by kind and key. A file appears under its name only when it is
-whole (written elsewhere, then renamed), so a process killed at any moment leaves nothing that could be mistaken for an
-entry; what it leaves in ``tmp`` is removed by the next one that opens the store.
-
-What it is not: it does not know what is in its files. Every format kept here carries its own version and checksums and is
-checked by its reader when used; a reader that finds an entry stale or damaged asks for it to be built again.
-
-Layout, below the cache directory (mode 0700)::
-
-    layers/KEY      layer indexes           (`ocifs.layer_index`)
-    reframed/KEY    re-framed copies        (`ocifs.layer_index`): as large as a layer, the first to be evicted
-    trees/KEY       image trees             (`ocifs.image_tree`)
-    histories/KEY   images' histories       (`ocifs.history`)
-    archives/KEY    what a compressed outer archive hashed to, by file identity (`ocifs.image`)
-    locks/KIND.KEY  taken exclusively by the one process that builds an entry
-    tmp/            files being written, each locked by its writer
-
-Locks are flock(2) locks: they vanish with their process. An entry in use is locked shared by whoever has it open, and
-`gc` and `clear` take only what they can lock exclusively. A reader that loses the race (opened, not yet locked, unlinked)
-still holds a whole file: entries are never changed in place.
-
-Such a lock belongs to the open file, which a child forked meanwhile has open, too. So an exclusive lock is never given up
-by closing alone, which would leave it with every index pass that happens to run, but by unlocking.
-
-What is swept
-    Opening the store removes from ``tmp`` and ``locks`` what killed processes left: files that nobody has locked.
-    A process that added entries looks at the total once, when it has opened what it wanted or closes the store: what
-    exceeds `DEFAULT_LIMIT` (or the environment's ``OCIFS_CACHE_SIZE``) is evicted, re-framed copies first and least
-    recently used first (`Store.keep_bounded`). What is in use never is, so the limit can be exceeded by that.
-
-Trust: whoever can write this directory decides what root's kernel mounts. So a cache that belongs to somebody else, or
-that group or others can write, is refused, and so is somebody else's symbolic link to one. Everything is reached through
-the directory's descriptor, not its path.
+Not here: the files in it one by one (`ocifs.store.entries`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import enum
 import errno
 import fcntl
 import logging
 import os
 import re
-import secrets
 import stat
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, Self, TypeVar
+from typing import NamedTuple, Self, TypeVar
 
-from ocifs.errors import CacheDamagedError, DamagedError, MachineError, OcifsError, StaleFormatError, UsageError
+from ocifs.errors import DamagedError, MachineError, OcifsError, StaleFormatError, UsageError
+from ocifs.store.entries import BuildLock, Kind, NewFile, StoredFile, said_plainly
 
 _log = logging.getLogger(__name__)
 
@@ -61,18 +28,6 @@ DEFAULT_LIMIT = 20 << 30
 """Bytes that `Store.gc` leaves by default: 20 GiB. An index takes about 1 % of its blob, a re-framed copy about 110 %."""
 
 _SIZE = re.compile(r"([0-9]{1,15})([KMGT]?)(?:i?B)?", re.IGNORECASE | re.ASCII)
-_MEDIUM = frozenset({errno.EIO, errno.EUCLEAN, errno.EBADMSG, errno.ENODATA, errno.ESTALE})
-"""What reading a file answers when the bytes are lost; building it again writes them elsewhere."""
-
-
-class Kind(enum.Enum):
-    """The kinds of entry; the value is the directory's name. Order is the order of eviction: cheapest to lose first."""
-
-    REFRAMED = "reframed"
-    HISTORY = "histories"
-    TREE = "trees"
-    LAYER = "layers"
-    ARCHIVE = "archives"
 
 
 class Listed(NamedTuple):
@@ -117,152 +72,6 @@ def size_limit() -> int:
     return int(match[1]) << 10 * " KMGT".index(match[2].upper() or " ")
 
 
-@contextlib.contextmanager
-def _said_plainly(path: Path, doing: str) -> Iterator[None]:
-    """Turn an OSError into a sentence that names the cache directory and what helps."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            advice = "free some space, run 'ocifs cache gc', or choose another place with --cache-dir"
-        elif error.errno in (errno.EMFILE, errno.ENFILE):
-            advice = "every layer needs a few: raise the limit with 'ulimit -n'"
-        else:
-            advice = "choose another place with --cache-dir or OCIFS_CACHE_DIR"
-        message = f"cannot {doing} the cache directory {path}: {error.strerror}; {advice}"
-        raise MachineError(message) from error
-
-
-class StoredFile:
-    """An entry, open for reading and locked against eviction until `close`."""
-
-    def __init__(self, fd: int, name: str) -> None:
-        """Take over ``fd``. ``name`` is for messages."""
-        self.fd = fd
-        self.name = name
-        self.size = os.fstat(fd).st_size
-
-    def read_at(self, offset: int, size: int) -> bytes:
-        """``size`` bytes at ``offset``; fewer only at the file's end. Thread-safe (pread).
-
-        Raises `CacheDamagedError` if the disk has lost them, `MachineError` if they cannot be read for another reason.
-        """
-        try:
-            return os.pread(self.fd, size, offset)
-        except OSError as error:
-            message = f"the cache entry {self.name} cannot be read at offset {offset}: {error.strerror}"
-            kind = CacheDamagedError if error.errno in _MEDIUM else MachineError
-            raise kind(message) from None
-
-    def discard(self) -> None:
-        """Forget the entry, so that who wants it next builds it again; this file stays readable. Never raises.
-
-        Goes by path, for the store may be closed by now, but removes only a name that stands for this very file: another
-        process may have built the entry again already.
-        """
-        with contextlib.suppress(OSError):
-            if os.path.samestat(os.fstat(self.fd), os.stat(self.name, follow_symlinks=False)):
-                os.unlink(self.name)
-
-    def file_range(self) -> tuple[int, int, int]:
-        """(descriptor, offset, size): the whole file, so that it can stand where a source's blob does."""
-        return self.fd, 0, self.size
-
-    def close(self) -> None:
-        """Close the descriptor and with it the lock. Harmless when repeated."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
-
-    def __enter__(self) -> Self:
-        """Nothing to do: the file is open already."""
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        """Close."""
-        self.close()
-
-
-class NewFile:
-    """An entry being written: invisible until `publish`, gone if that is never called."""
-
-    def __init__(self, store: Store, kind: Kind) -> None:
-        """Create an empty file in ``tmp``, locked so that no other process takes it for a leftover."""
-        self._store = store
-        self._kind = kind
-        self._name = f"{kind.value}.{os.getpid()}.{secrets.token_hex(8)}"
-        with _said_plainly(store.path, "write to"):
-            fd = os.open(
-                self._name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=store.dir_of("tmp")
-            )
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX)
-            except BaseException:
-                os.close(fd)
-                os.unlink(self._name, dir_fd=store.dir_of("tmp"))
-                raise
-        self.file: BinaryIO = os.fdopen(fd, "w+b")
-        self._published = False
-
-    def publish(self, key: str) -> None:
-        """Make the file an entry under ``key``, whole and on disk, replacing one that was there."""
-        with _said_plainly(self._store.path, "write to"):
-            self.file.flush()
-            # Without this a power cut could leave the name on an empty file; readers would notice, but work is lost.
-            os.fdatasync(self.file.fileno())
-            source, target = self._store.dir_of("tmp"), self._store.dir_of(self._kind.value)
-            os.rename(self._name, key, src_dir_fd=source, dst_dir_fd=target)
-            # The lock has moved with the file: without this, who opens the entry waits for us and all our children.
-            fcntl.flock(self.file.fileno(), fcntl.LOCK_UN)
-        self._published = True
-        self._store.grew()
-
-    def __enter__(self) -> Self:
-        """Nothing to do: the file is open already."""
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        """Close, and remove what was not published. Harmless when repeated."""
-        if self.file.closed:
-            return
-        if not self._published:
-            with contextlib.suppress(OSError):  # what stays is swept later
-                os.unlink(self._name, dir_fd=self._store.dir_of("tmp"))
-        with contextlib.suppress(OSError):  # a failing flush was reported by publish, or the work failed anyway
-            fcntl.flock(self.file.fileno(), fcntl.LOCK_UN)
-            self.file.close()
-
-
-class BuildLock:
-    """The right to build one entry, held until `release`."""
-
-    def __init__(self, directory: int, name: str, fd: int) -> None:
-        """Take over ``fd``, locked, whose name in ``directory`` is ``name``."""
-        self._directory = directory
-        self._name = name
-        self._fd = fd
-
-    def release(self) -> None:
-        """Let others build. Harmless when repeated."""
-        if self._fd >= 0:
-            # The name goes first: who opened it before and gets the lock now will see that it guards nothing.
-            with contextlib.suppress(OSError):
-                os.unlink(self._name, dir_fd=self._directory)
-            # Not left to the close: a child that was forked meanwhile has the same open file, and so the lock.
-            with contextlib.suppress(OSError):
-                fcntl.flock(self._fd, fcntl.LOCK_UN)
-            os.close(self._fd)
-            self._fd = -1
-
-    def __enter__(self) -> Self:
-        """Nothing to do: the lock is held already."""
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        """Release."""
-        self.release()
-
-
 class Store:
     """The cache directory, open. Safe to use from several processes at once."""
 
@@ -274,10 +83,10 @@ class Store:
         """
         self.path = (path or default_path()).absolute()
         self._grew = False
-        with _said_plainly(self.path, "create"):
+        with said_plainly(self.path, "create"):
             self._refuse_foreign_link(self.path)
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with _said_plainly(self.path, "open"):
+        with said_plainly(self.path, "open"):
             self._root = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._dirs: dict[str, int] = {}
         try:
@@ -290,9 +99,9 @@ class Store:
             raise
 
     def _open_dir(self, name: str) -> int:
-        with _said_plainly(self.path, "write to"), contextlib.suppress(FileExistsError):
+        with said_plainly(self.path, "write to"), contextlib.suppress(FileExistsError):
             os.mkdir(name, 0o700, dir_fd=self._root)
-        with _said_plainly(self.path, "open"):
+        with said_plainly(self.path, "open"):
             fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._root)
         try:
             self._refuse_foreign(fd, self.path / name)
@@ -327,7 +136,7 @@ class Store:
 
     def _sweep(self) -> None:
         """Remove what killed processes left in ``tmp`` and ``locks``: files that nobody has locked."""
-        for directory in (self.dir_of("tmp"), self.dir_of("locks")):
+        for directory in (self._dirs["tmp"], self._dirs["locks"]):
             for name in os.listdir(directory):
                 with contextlib.suppress(OSError):  # gone, or locked: somebody is at work
                     self._sweep_one(directory, name)
@@ -344,16 +153,12 @@ class Store:
         finally:
             os.close(fd)
 
-    def dir_of(self, name: str) -> int:
-        """Descriptor of one of the directories in the layout above."""
-        return self._dirs[name]
-
     def open_entry(self, kind: Kind, key: str) -> StoredFile | None:
         """The entry, locked against eviction; None if there is none. Marks it as used now."""
-        with _said_plainly(self.path, "read"):
+        with said_plainly(self.path, "read"):
             try:
                 flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-                fd = os.open(key, flags, dir_fd=self.dir_of(kind.value))
+                fd = os.open(key, flags, dir_fd=self._dirs[kind.value])
             except FileNotFoundError:
                 return None
             try:
@@ -384,9 +189,9 @@ class Store:
             return None
 
     def _take_lock(self, kind: Kind, key: str, *, wait: bool) -> BuildLock:
-        name, directory = f"{kind.value}.{key}", self.dir_of("locks")
+        name, directory = f"{kind.value}.{key}", self._dirs["locks"]
         while True:
-            with _said_plainly(self.path, "write to"):
+            with said_plainly(self.path, "write to"):
                 fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=directory)
             try:
                 try:
@@ -413,12 +218,12 @@ class Store:
 
     def new(self, kind: Kind) -> NewFile:
         """A file to write an entry into; see `NewFile`."""
-        return NewFile(self, kind)
+        return NewFile(self.path, kind, self._dirs["tmp"], self._dirs[kind.value], self._note_growth)
 
     def discard(self, kind: Kind, key: str) -> None:
         """Forget an entry that turned out stale or damaged. Whoever has it open keeps it."""
-        with _said_plainly(self.path, "write to"), contextlib.suppress(FileNotFoundError):
-            os.unlink(key, dir_fd=self.dir_of(kind.value))
+        with said_plainly(self.path, "write to"), contextlib.suppress(FileNotFoundError):
+            os.unlink(key, dir_fd=self._dirs[kind.value])
 
     def get_or_build(
         self,
@@ -470,9 +275,9 @@ class Store:
     def entries(self) -> Iterator[Listed]:
         """Every entry there is, in the order of eviction (kind, then least recently used)."""
         for kind in Kind:
-            directory = self.dir_of(kind.value)
+            directory = self._dirs[kind.value]
             found = []
-            with _said_plainly(self.path, "list"):
+            with said_plainly(self.path, "list"):
                 for name in os.listdir(directory):
                     with contextlib.suppress(FileNotFoundError):  # evicted by another process meanwhile
                         status = os.stat(name, dir_fd=directory, follow_symlinks=False)
@@ -484,7 +289,7 @@ class Store:
 
     def _try_exclusive(self, kind: Kind, key: str, act: Callable[[], None]) -> bool:
         """Run ``act`` while nobody has the entry open; False if somebody has."""
-        directory = self.dir_of(kind.value)
+        directory = self._dirs[kind.value]
         if not stat.S_ISREG(os.stat(key, dir_fd=directory, follow_symlinks=False).st_mode):
             act()  # a symbolic link or the like: it is opened by nobody
             return True
@@ -522,14 +327,14 @@ class Store:
         return self.gc(limit=-1)
 
     def _evict(self, one: Listed) -> bool:
-        directory = self.dir_of(one.kind.value)
-        with _said_plainly(self.path, "remove anything from"):
+        directory = self._dirs[one.kind.value]
+        with said_plainly(self.path, "remove anything from"):
             try:
                 return self._try_exclusive(one.kind, one.key, lambda: os.unlink(one.key, dir_fd=directory))
             except FileNotFoundError:
                 return True
 
-    def grew(self) -> None:
+    def _note_growth(self) -> None:
         """Note that an entry was added, so that `keep_bounded` looks at the total."""
         self._grew = True
 
@@ -549,9 +354,9 @@ class Store:
     def _total(self) -> int:
         """Bytes on disk of all entries, without asking which are in use."""
         total = 0
-        with _said_plainly(self.path, "list"):
+        with said_plainly(self.path, "list"):
             for kind in Kind:
-                directory = self.dir_of(kind.value)
+                directory = self._dirs[kind.value]
                 for name in os.listdir(directory):
                     with contextlib.suppress(FileNotFoundError):
                         total += os.stat(name, dir_fd=directory, follow_symlinks=False).st_blocks * 512
