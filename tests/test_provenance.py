@@ -330,3 +330,11 @@ def test_annotate_passes_on_a_line_without_end(run: Run, ref: str, say: Callable
     out = run("annotate", ref).out
     assert out.count(b"x") == 3_000_000
     assert out.endswith(b"5\tvisible\tCOPY odd /\t/epoch\n")
+
+
+def test_a_file_of_nothing_but_holes_is_hashed_only_up_to_a_size(run: Run, tmp_path: Path) -> None:
+    layer = tarball(sparse_pax_1_0("huge", [(1 << 60, b"end")], (1 << 60) + 3))
+    write_layout(tmp_path / "x", [layer])
+    status, out, _ = run("log", str(tmp_path / "x"), "huge")
+    assert (status, b"holes of more than 4 GiB" in out) == (4, True)
+    assert run("receipt", str(tmp_path / "x"), "huge").status == 4

@@ -343,7 +343,7 @@ def receipt(choice: Choice, ref: str, path: str, *, dereference: bool) -> None:
 
 @click.command(
     epilog=opt.examples(
-        "clamscan -r --no-summary /mnt | ocifs annotate --prefix /mnt oci:images/app:1.2",
+        "ocifs annotate --prefix /mnt oci:images/app:1.2 < clamscan.log",
         "find . -perm -4000 -print0 | ocifs annotate -0 app.tar",
         "grep -rn password /mnt/etc | ocifs annotate --prefix /mnt --json app.tar | jq .created_by",
     )
