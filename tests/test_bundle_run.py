@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ocifs.cli.bundling import unwound
+from ocifs.cli.signals import unwound
 from ocifs.daemon import runtime_dir
 from ocifs.mountinfo import mounts
 from tests.support.containers import needs_containers, ocifs_run, running, write_image

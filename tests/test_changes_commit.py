@@ -477,6 +477,18 @@ def test_what_a_killed_commit_left_behind_is_removed(run: Run, tmp_path: Path, u
     assert tags(out).keys() == {"other", "new"}
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_that_ends_it_leaves_nothing(tmp_path: Path, upper: str, number: signal.Signals) -> None:
+    """It comes when every blob is written and nothing is published."""
+    write_layout(tmp_path / "image", [ONE])
+    end = "import os\nfrom ocifs.changes.layout import LayoutWriter\n"
+    end += f"LayoutWriter.publish = lambda *_: os.kill(os.getpid(), {number.value})"
+    words = ["commit", "--image", str(tmp_path / "image"), upper, f"oci:{tmp_path}/out:new"]
+    done = mounting.run(mounting.patched(end, *words))
+    assert (done.returncode, done.stderr) == (128 + number, "")
+    assert not (tmp_path / "out").exists()
+
+
 def at_step(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], object]) -> None:
     """Do ``act`` before the ``number``-th thing that publishing asks of the system."""
     publish, steps = LayoutWriter.publish, itertools.count(1)

@@ -7,7 +7,7 @@ an ocifs that was killed, and the next one that starts a container clears it awa
 The lock is one of fcntl(2), because that belongs to this process alone: the daemon, forked from it, has no part in it.
 
 Signals
-    Until the container runs, a signal that asks us to end undoes what was done (`ocifs.cli.bundling.unwound`). Then
+    Until the container runs, a signal that asks us to end undoes what was done (`ocifs.cli.signals.unwound`). Then
     signals are waited for, one by one, and passed on to the runtime, which passes them on to the container's first
     process; ^C from a terminal has reached the runtime already. That process is init in there, and the kernel keeps from
     it what it has no handler for: who asks a second time gets the container killed.

@@ -6,6 +6,7 @@ this module        `main`: the one place where errors become sentences and exit 
 `options`          the options that commands share, and opening an image as they say
 `output`           standard output and standard error: names, JSON, tables, sizes, times
 `progress`         the bar on a terminal
+`signals`          ending on a signal as after ^C
 `listing`          ``ls``, ``stat``
 `reading`          ``cat``, ``blob``
 `remains`          ``deleted``, ``wasted``

@@ -9,9 +9,8 @@ import contextlib
 import dataclasses
 import json
 import os
-import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -20,11 +19,10 @@ import msgspec
 
 from ocifs.cli import options as opt
 from ocifs.cli.options import Choice
+from ocifs.cli.signals import unwound
 from ocifs.errors import MachineError, NotFoundError, UsageError
 
 if TYPE_CHECKING:
-    from types import FrameType
-
     from ocifs.bundle.config import Bind, IdMap, Wanted
     from ocifs.bundle.lifecycle import Plan
     from ocifs.image import Image, ImageOptions
@@ -323,30 +321,3 @@ def _id_map() -> IdMap:
 
 def _absolute(path: str | None) -> Path | None:
     return None if path is None else Path(os.path.realpath(path))
-
-
-# -- signals -------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def unwound() -> Iterator[None]:
-    """Have SIGTERM and SIGHUP end the block as ^C does: everything that is left on the way is undone.
-
-    The first one counts: what is being undone is not left half-way because somebody asks again.
-    """
-
-    def leave(number: int, _: FrameType | None) -> None:
-        for other, handler in before.items():
-            if handler is not signal.SIG_IGN:
-                signal.signal(other, lambda *_: None)
-        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
-
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    for number, handler in before.items():
-        if handler is not signal.SIG_IGN:
-            signal.signal(number, leave)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -21,6 +21,7 @@ from ocifs.cli import options as opt
 from ocifs.cli import output
 from ocifs.cli.listing import TYPE_NAMES
 from ocifs.cli.options import Choice
+from ocifs.cli.signals import unwound
 from ocifs.errors import UsageError
 
 if TYPE_CHECKING:
@@ -241,7 +242,7 @@ def commit(
     if choice.layer is not None:
         raise UsageError("--layer shows one layer alone; what a container changed is above all of them")
     destination = Destination.of(reference.parse(target, exists=lambda _: False))
-    with _opened(choice, where) as (image, merged):
+    with unwound(), _opened(choice, where) as (image, merged):
         made = write_image(image, merged, destination, recipe, warn=_warn)
     output.print_line(str(made.manifest))
 
