@@ -11,6 +11,7 @@ this module        `main`: the one place where errors become sentences and exit 
 `reading`          ``cat``, ``blob``
 `remains`          ``deleted``, ``wasted``
 `comparing`        ``diff``
+`auditing`         ``audit``
 `copying`          ``cp``, on top of `unpack`, which writes files and directories safely
 `exporting`        ``export``, on top of `ocifs.archive`, which writes tar headers
 `bundling`         ``bundle``, ``unbundle``, ``run``

@@ -51,6 +51,7 @@ FAMILIES: Final[dict[str, dict[str, Place]]] = {
         "deleted": Place("remains", "deleted", "List what was deleted, by what, and what is left of it."),
         "wasted": Place("remains", "wasted", "Add up the bytes in layers that no one sees."),
         "diff": Place("comparing", "diff", "List how two images differ."),
+        "audit": Place("auditing", "audit", "List privileges, odd names and traces of tampering."),
         "hash": Place("hashing", "hashes", "Hash every file of an image, and look hashes up in lists."),
         "evidence": Place("evidence", "evidence", "Check evidence logs."),
     },

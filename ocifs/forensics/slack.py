@@ -111,7 +111,7 @@ def regions(examination: Examination, layer: int, *, padding: bool = True) -> It
         end = stop
     if padding:
         yield from tar.orphans(end, index.end_offset)
-    yield from _behind_the_end(examination, layer, tar)
+    yield from behind_the_end(examination, layer)
 
 
 def _unseen(examination: Examination, layer: int) -> tuple[dict[int, tuple[RegionKind, str]], set[int]]:
@@ -149,7 +149,11 @@ def _cut_off(entry: Entry, layer_size: int) -> Iterator[Region]:
 # --- behind the end ---------------------------------------------------------------------------------------------------
 
 
-def _behind_the_end(examination: Examination, layer: int, tar: _Tar) -> Iterator[Region]:
+def behind_the_end(examination: Examination, layer: int) -> Iterator[Region]:
+    """Give what lies behind the end of layer ``layer``'s archive, or behind where that breaks off. Errors as `regions`.
+
+    Reads the headers of another archive that is there, and no other data.
+    """
     index = examination.layer(layer).index
     damage, trailing = index.damage, index.trailing
     if damage is not None and damage.layer_offset < index.layer_size:
@@ -163,6 +167,7 @@ def _behind_the_end(examination: Examination, layer: int, tar: _Tar) -> Iterator
         note = f"{start - index.end_offset} bytes behind the beginning of the archive's end"
         yield Region(RegionKind.TRAILING_DATA, start, size, note)
         return
+    tar = _Tar(examination, layer, index.layer_size)
     entries, first, alone = _nested_archive(tar, start, index.layer_size)
     if alone and first.removeprefix(b"./") == b"stargz.index.json":
         yield Region(RegionKind.ESTARGZ_TOC, start, size, "the table of contents of eStargz", first)
