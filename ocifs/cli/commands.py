@@ -52,6 +52,7 @@ FAMILIES: Final[dict[str, dict[str, Place]]] = {
         "wasted": Place("remains", "wasted", "Add up the bytes in layers that no one sees."),
         "diff": Place("comparing", "diff", "List how two images differ."),
         "audit": Place("auditing", "audit", "List privileges, odd names and traces of tampering."),
+        "timeline": Place("timelines", "timeline", "Print what happened when, for mactime, plaso or Timesketch."),
         "hash": Place("hashing", "hashes", "Hash every file of an image, and look hashes up in lists."),
         "evidence": Place("evidence", "evidence", "Check evidence logs."),
     },
