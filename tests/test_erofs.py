@@ -10,8 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ocifs.erofs import DirectoryEntry, Image, Run
+from ocifs.erofs.chunks import SyntheticExtent
 from ocifs.erofs.layout import crc32c
-from ocifs.erofs.writer import Encoder, SyntheticExtent
+from ocifs.erofs.writer import Encoder
 from ocifs.errors import DamagedError, UnsupportedError
 from ocifs.tree import Extent, Kind, Node
 from tests.fuzz import fuzz_erofs
