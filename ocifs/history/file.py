@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+import itertools
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
@@ -222,9 +223,9 @@ class History:
         # The versions of one path may begin in the frame before the first that begins with it.
         number = max(0, bisect.bisect_left(self._firsts, key) - 1)
         for frame in range(number, len(self._firsts)):
-            for version in self._frame(frame):
-                if version.path == path or sort_key(version.path) >= key:
-                    yield version
+            versions = self._frame(frame)
+            start = bisect.bisect_left(versions, key, key=lambda version: sort_key(version.path))
+            yield from itertools.islice(versions, start, None)
 
     # --- frames -----------------------------------------------------------------------------------------------------
 
