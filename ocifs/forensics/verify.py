@@ -128,29 +128,19 @@ def _noted(evidence: EvidenceLog | None, checked: Checked) -> Checked:
 
 
 def _documents(resolved: Resolved) -> Checked:
-    """Check manifest, configuration, and the indexes that led to them, as they have just been read, tolerantly."""
+    """Say what was wrong with manifest, configuration, and the indexes that led to them.
+
+    They were hashed when they were read (`ocifs.sources`): read anew each time, and tolerantly here.
+    """
     image = resolved.image
     found = [
         Finding("document", warned.message)
         for warned in image.warnings
         if warned.rule in _DOCUMENT_RULES and not warned.layer
     ]
-    named: list[tuple[str, Digest | None, bytes]] = [
-        ("manifest", image.manifest_digest, image.manifest_raw),
-        ("configuration", image.config_digest, image.config_raw),
-    ]
-    for what, digest, raw in named:
-        try:
-            wrong = digest is not None and not digest.matches(raw)
-        except UnsupportedError as error:
-            found.append(Finding("unchecked", f"the {what} cannot be checked: {error}"))
-            continue
-        if wrong and not any(str(digest) in finding.message for finding in found):
-            actual = Digest.of(raw, digest.algorithm) if digest is not None else None
-            found.append(Finding("document", f"the {what} has the wrong digest: expected {digest}, found {actual}"))
     size = len(image.manifest_raw) + len(image.config_raw)
-    return Checked("documents", digest=str(image.manifest_digest or image.config_digest), stored_size=size,
-                   findings=tuple(found))  # fmt: skip
+    digest = str(image.manifest_digest or image.config_digest)
+    return Checked("documents", digest=digest, stored_size=size, findings=tuple(found))
 
 
 # -- layers --------------------------------------------------------------------------------------------------------
