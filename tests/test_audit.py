@@ -147,7 +147,7 @@ CASES: dict[str, tuple[list[list[bytes]], list[tuple[object, ...]]]] = {
     "same-size-and-time": ([[entry("a", b"1", mtime=5), entry("b", b"1", mtime=5), entry("c", b"1", mtime=5)],
                             [entry("a", b"2", mtime=5), entry("b", b"1", mtime=5), entry("c", b"2", mtime=6)],
                             [entry(".wh.a")], [entry("a", b"3", mtime=5)]], [("/a", 2, False), ("/a", 4, True)]),
-    "late-time": ([[entry("a", mtime=1_714_564_801), entry("b", mtime=1_714_564_802)]], [("/b", 1, True)]),
+    "late-time": ([[entry("a", mtime=1_714_564_800), entry("b", mtime=1_714_564_801)]], [("/b", 1, True)]),
     "trailing-archive": ([[entry("a"), bytes(1024), entry("b")]], [(None, 1, False)]),
     "trailing-data": ([[entry("a"), bytes(1024), b"x" * 512]], [(None, 1, False)]),
     "trailing-estargz": ([[entry("a"), bytes(1024), entry("stargz.index.json", b"{}")]], [(None, 1, False)]),

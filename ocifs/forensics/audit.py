@@ -32,6 +32,7 @@ from ocifs.forensics.capabilities import XATTR, capability_text
 from ocifs.forensics.digests import BATCH, digests
 from ocifs.forensics.names import oddities
 from ocifs.forensics.slack import RegionKind, behind_the_end
+from ocifs.forensics.timeline import created_ns
 from ocifs.history import Change, End
 from ocifs.tree import Kind
 
@@ -119,10 +120,6 @@ _STICKY: Final = 0o1000
 _WRITABLE: Final = 0o022
 _MAX_ACCOUNTS: Final = 4 << 20
 """Bytes of the largest passwd or group file that is read."""
-_EARLIEST: Final = 631_152_000 * 10**9
-"""1990: a layer made before is one whose time was set to nothing, and says nothing about its files."""
-_TOLERANCE: Final = 10**9
-"""A second: times of layers are often cut to it."""
 
 
 class Finding(msgspec.Struct, frozen=True, gc=False):
@@ -206,18 +203,6 @@ def _of_layer(rule: str, layer: int, message: str) -> Finding:
     return Finding(RULES[rule].severity, rule, None, layer, -1, visible=False, message=message)
 
 
-def layer_time(examination: Examination, layer: int) -> int | None:
-    """Give when a layer was made, in nanoseconds since the epoch; None if the image does not say, or not seriously."""
-    step = examination.step(layer)
-    try:
-        when = datetime.datetime.fromisoformat(step.created if step is not None else "")
-        seconds = (when if when.tzinfo else when.replace(tzinfo=datetime.UTC)).timestamp()
-    except (ValueError, OverflowError):
-        return None
-    made = int(seconds) * 10**9 + when.microsecond * 1000
-    return made if made >= _EARLIEST else None
-
-
 # -- one version ---------------------------------------------------------------------------------------------------
 
 
@@ -238,7 +223,7 @@ class _Auditor:
     def __init__(self, examination: Examination) -> None:
         self._users = _accounts(examination, b"etc/passwd")
         self._groups = _accounts(examination, b"etc/group")
-        self._latest = [layer_time(examination, layer.number) for layer in examination.layers]
+        self._made = [created_ns(step) for step in examination.steps]
 
     def findings(self, version: Version, by_entry: Mapping[tuple[int, int], Version]) -> Iterator[Finding]:
         """Give what is to say about a version; ``by_entry`` are all of its path by layer and entry, if there are others."""
@@ -261,9 +246,9 @@ class _Auditor:
             yield _finding("unknown-user", version, f"user {version.uid} is not in /etc/passwd")
         if self._groups is not None and version.gid not in self._groups:
             yield _finding("unknown-group", version, f"group {version.gid} is not in /etc/group")
-        latest = self._latest[version.layer - 1]
-        if latest is not None and version.mtime_ns > latest + _TOLERANCE:
-            message = f"its time, {_time(version.mtime_ns)}, is later than its layer's, {_time(latest)}"
+        made = self._made[version.layer - 1]
+        if made is not None and version.mtime_ns > made:
+            message = f"its time, {_time(version.mtime_ns)}, is later than its layer's, {_time(made)}"
             yield _finding("late-time", version, message)
 
 

@@ -78,7 +78,8 @@ def differences(
             if not pair.changed and not pair.undecided:
                 continue
         batch.append(pair)
-        if len(batch) == BATCH:
+        # Nothing waits that need not: only what comes behind a pair whose files have to be read.
+        if len(batch) == BATCH or (len(batch) == 1 and not _is_read(pair, hashed=hashed)):
             yield from _settled(batch, before, after, hashed=hashed)
             batch = []
     yield from _settled(batch, before, after, hashed=hashed)
