@@ -190,6 +190,17 @@ def test_why_of_a_hard_link_says_whose_data_it_is(run: Run, ref: str) -> None:
     assert extracted(row) == TOOL
 
 
+def test_why_finds_whose_data_a_link_has_that_leads_through_a_symlink(run: Run, tmp_path: Path) -> None:
+    layer = tarball(
+        entry("d/"), entry("d/f", b"data"), entry("l", link="d"), entry("hard", type=HARDLINK, link="l/f"),
+        entry("harder", type=HARDLINK, link="hard"),
+    )  # fmt: skip
+    write_layout(tmp_path / "x", [layer])
+    found = rows(run("why", "--json", str(tmp_path / "x"), "hard", "harder"))
+    assert [row["data"]["path"] for row in found] == ["/d/f", "/d/f"]
+    assert [extracted(row) for row in found] == [b"data", b"data"]
+
+
 def test_why_of_what_has_no_data(run: Run, ref: str) -> None:
     for path in ("/dev/null", "/sh", "/odd"):
         assert picked(one(run("why", "--json", ref, path)), "data", "extract") == (None, None)

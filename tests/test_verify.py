@@ -192,6 +192,32 @@ def test_something_that_is_no_layer_is_a_finding(run: Run, tmp_path: Path) -> No
     assert f"({Compression.UNKNOWN.value})" in found[0][2]
 
 
+def test_of_an_artifact_the_stored_bytes_are_checked(run: Run, tmp_path: Path) -> None:
+    def become_artifact(manifest: dict[str, Any]) -> None:
+        manifest["artifactType"] = "application/vnd.example.notes"
+        manifest["config"]["mediaType"] = "application/vnd.oci.empty.v1+json"
+        manifest["layers"][0]["mediaType"] = "text/plain"
+
+    digests = write_layout(tmp_path / "x", [b"just a note"], compression="plain", change_manifest=become_artifact)
+    assert [row["ok"] for row in verified(run, str(tmp_path / "x"))] == [True, True]
+    flip(blob_path(tmp_path / "x", digests["layers"][0]), 5)
+    found = findings(verified(run, str(tmp_path / "x"), status=1))
+    assert [(layer, what) for layer, what, _ in found] == [(1, "digest")]
+
+
+def test_what_was_verified_is_in_the_evidence_log(run: Run, tmp_path: Path) -> None:
+    digests = write_layout(tmp_path / "x", [tarball(entry("a")), tarball(entry("b"))], compression="plain")
+    flip(blob_path(tmp_path / "x", digests["layers"][1]), 5)
+    log = tmp_path / "log"
+    verified(run, str(tmp_path / "x"), "--evidence-log", str(log), status=1)
+    blobs = [line for line in map(json.loads, log.read_text().splitlines()) if line["event"] == "blob"]
+    assert [(line["which"], line["digest"], line["verified"]) for line in blobs] == [
+        ("documents", digests["manifest"], True),
+        ("1", digests["layers"][0], True),
+        ("2", digests["layers"][1], False),
+    ]
+
+
 # -- the baseline --------------------------------------------------------------------------------------------------
 
 

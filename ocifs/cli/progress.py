@@ -90,6 +90,12 @@ class TerminalProgress:
             self._bar.update(self._tasks[layer], completed=done)
         self._bar.refresh()
 
+    def pause(self) -> None:
+        """Take the bar away until there is more to show, so that lines can be printed; what is done is forgotten."""
+        self.close()
+        self._sizes.clear()
+        self._tasks.clear()
+
     def close(self) -> None:
         """Take the bar away."""
         if self._bar is not None:

@@ -61,7 +61,7 @@ def verify(choice: Choice, ref: str, *, baseline: str | None, prefix: str, as_js
 
 
 def _checks(choice: Choice, ref: str, listed: Baseline | None) -> Iterator[Checked]:
-    from ocifs.cli.progress import showing
+    from ocifs.cli.progress import TerminalProgress, showing
     from ocifs.forensics import verify as verifying
 
     with (
@@ -69,7 +69,10 @@ def _checks(choice: Choice, ref: str, listed: Baseline | None) -> Iterator[Check
         opt.opened_store(choice) as store,
         showing("verifying") as progress,
     ):
-        yield from verifying.verify(ref, store, choice.image_options(), progress, evidence)
+        for checked in verifying.verify(ref, store, choice.image_options(), progress, evidence):
+            if isinstance(progress, TerminalProgress):
+                progress.pause()
+            yield checked
     if listed is not None:
         yield _compared(choice, ref, listed)
 
