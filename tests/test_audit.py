@@ -147,7 +147,7 @@ CASES: dict[str, tuple[list[list[bytes]], list[tuple[object, ...]]]] = {
     "same-size-and-time": ([[entry("a", b"1", mtime=5), entry("b", b"1", mtime=5), entry("c", b"1", mtime=5)],
                             [entry("a", b"2", mtime=5), entry("b", b"1", mtime=5), entry("c", b"2", mtime=6)],
                             [entry(".wh.a")], [entry("a", b"3", mtime=5)]], [("/a", 2, False), ("/a", 4, True)]),
-    "late-time": ([[entry("a", mtime=1_714_564_800), entry("b", mtime=1_714_564_801)]], [("/b", 1, True)]),
+    "late-time": ([[entry("a", mtime=1_714_564_800.5), entry("b", mtime=1_714_564_801)]], [("/b", 1, True)]),
     "trailing-archive": ([[entry("a"), bytes(1024), entry("b")]], [(None, 1, False)]),
     "trailing-data": ([[entry("a"), bytes(1024), b"x" * 512]], [(None, 1, False)]),
     "trailing-estargz": ([[entry("a"), bytes(1024), entry("stargz.index.json", b"{}")]], [(None, 1, False)]),
@@ -171,6 +171,16 @@ def test_every_rule_has_a_case() -> None:
 def test_nobody_is_unknown_where_no_accounts_are(run: Run, tmp_path: Path) -> None:
     write_layout(tmp_path / "image", [tarball(entry("a", uid=77, gid=77), PASSWD), tarball(entry(".wh.etc"))])
     assert found(run, str(tmp_path / "image")) == []
+
+
+def test_a_layers_time_that_is_not_cut_to_the_second_counts_in_full(run: Run, tmp_path: Path) -> None:
+    history = {"history": [{"created": "2024-05-01T12:00:00.25Z", "created_by": "x"}]}
+    layer = tarball(entry("a", mtime=1_714_564_800.25), entry("b", mtime=1_714_564_800.5))
+    write_layout(tmp_path / "image", [layer], config=history)
+    (row,) = found(run, str(tmp_path / "image"))
+    assert row["message"] == (
+        "its time, 2024-05-01T12:00:00.500000000Z, is later than its layer's, 2024-05-01T12:00:00.250000000Z"
+    )
 
 
 @pytest.mark.parametrize("created", ["", "soon", "1970-01-01T00:00:00Z", "99999-01-01T00:00:00Z"])

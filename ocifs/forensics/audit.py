@@ -247,7 +247,7 @@ class _Auditor:
         if self._groups is not None and version.gid not in self._groups:
             yield _finding("unknown-group", version, f"group {version.gid} is not in /etc/group")
         made = self._made[version.layer - 1]
-        if made is not None and version.mtime_ns > made:
+        if made is not None and version.mtime_ns > made + _cut_off(made):
             message = f"its time, {_time(version.mtime_ns)}, is later than its layer's, {_time(made)}"
             yield _finding("late-time", version, message)
 
@@ -334,11 +334,18 @@ def _of_attributes(version: Version) -> Iterator[Finding]:
             yield _finding("overlay-attribute", version, name.decode(errors="backslashreplace"))
 
 
+def _cut_off(made: int) -> int:
+    """Give the nanoseconds by which the time of a layer may have been later: many builders cut it to the second."""
+    return 10**9 - 1 if made % 10**9 == 0 else 999
+
+
 def _time(time_ns: int) -> str:
+    seconds, nanoseconds = divmod(time_ns, 10**9)
+    fraction = f".{nanoseconds:09}" if nanoseconds else ""
     try:
-        return datetime.datetime.fromtimestamp(time_ns // 10**9, tz=datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        return datetime.datetime.fromtimestamp(seconds, tz=datetime.UTC).strftime(f"%Y-%m-%dT%H:%M:%S{fraction}Z")
     except (ValueError, OverflowError, OSError):
-        return f"@{time_ns // 10**9}"
+        return f"@{seconds}{fraction}"
 
 
 # -- two versions --------------------------------------------------------------------------------------------------
