@@ -33,7 +33,7 @@ _given: ContextVar[Examination | None] = ContextVar("given", default=None)
 
 @contextlib.contextmanager
 def given(examination: Examination) -> Iterator[None]:
-    """Have commands that run in the block work on an image that is open already, whatever they are told to open."""
+    """Have commands that run in the block examine an image that is open already, whatever they are told to open."""
     token = _given.set(examination)
     try:
         yield

@@ -13,6 +13,7 @@ import functools
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
@@ -303,6 +304,19 @@ def store_if_needed(choice: Choice) -> Iterator[Callable[[], Store]]:
         yield opened
 
 
+_given: ContextVar[Image | None] = ContextVar("given", default=None)
+
+
+@contextlib.contextmanager
+def given_image(image: Image) -> Iterator[None]:
+    """Have `opened_image` in the block give an image that is open already, whatever it is told to open."""
+    token = _given.set(image)
+    try:
+        yield
+    finally:
+        _given.reset(token)
+
+
 @contextlib.contextmanager
 def opened_image(
     choice: Choice, ref: str, *, store: Store | None = None, options: ImageOptions | None = None
@@ -311,6 +325,10 @@ def opened_image(
 
     ``options`` are used instead of those that ``choice`` says.
     """
+    open_already = _given.get()
+    if open_already is not None:
+        yield open_already
+        return
     from ocifs.cli.progress import showing
     from ocifs.image import open_image
 

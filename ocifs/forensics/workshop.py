@@ -19,6 +19,7 @@ import os
 import socket
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, BinaryIO, Final, NamedTuple, Self
 
@@ -47,7 +48,7 @@ _PACKET: Final = 1 << 16
 _SHOWN: Final = 32 << 10
 
 
-Report = Callable[[Examination, BinaryIO], None]
+Report = Callable[["Image", Examination, BinaryIO], None]
 """Writes a report of an image into a file. Called in a process of its own."""
 
 
@@ -144,7 +145,7 @@ class _Bench:
     """The other side: makes one thing after the other."""
 
     def __init__(self, image: Image, store: Store, options: ImageOptions, reports: Mapping[str, Report]) -> None:
-        self._image = image
+        self._image = replace(image, evidence=None)  # the log is the daemon's, which says what it had made
         self._store = store
         self._reports = reports
         self._options = msgspec.structs.replace(options, examine=True, layer=None)
@@ -199,16 +200,16 @@ class _Bench:
         examination, write = self._examination, self._reports[name]
         try:
             with tempfile.TemporaryFile(dir=self._store.path) as file:
-                run_forked(lambda: _write(write, examination, file), f"writes the report {name}")
+                run_forked(lambda: _write(write, self._image, examination, file), f"writes the report {name}")
                 return os.dup(file.fileno())
         except OSError as error:
             message = f"cannot write a report into the cache directory {self._store.path}: {error.strerror}"
             raise MachineError(message) from error
 
 
-def _write(write: Report, examination: Examination, file: BinaryIO) -> None:
+def _write(write: Report, image: Image, examination: Examination, file: BinaryIO) -> None:
     try:
-        write(examination, file)
+        write(image, examination, file)
         file.flush()
     except OSError as error:
         raise MachineError(f"cannot write a report into the cache directory: {error.strerror}") from error
