@@ -22,7 +22,9 @@ Not here: files against a list of hashes (`ocifs.forensics.baseline`), signature
 from __future__ import annotations
 
 import bisect
-from contextlib import ExitStack
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import msgspec
@@ -37,7 +39,7 @@ from ocifs.store import Kind
 from ocifs.tar import TarScanner
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Generator, Iterable, Iterator
 
     from ocifs.evidence import EvidenceLog
     from ocifs.image import ImageOptions, Progress, Resolved
@@ -49,6 +51,8 @@ if TYPE_CHECKING:
 MAX_NAMED: Final = 1000
 """Entries that a finding names; more are counted."""
 
+_SPANS_AHEAD: Final = 2
+"""Spans that wait decoded, of 4 MiB or so each."""
 _DOCUMENT_RULES: Final = frozenset({"C4", "C5", "C6", "C8"})
 """Rules whose breach means that documents are not what their digests say, or do not agree (`ocifs.rules`)."""
 
@@ -249,23 +253,25 @@ class _LayerCheck:
 
     def _by_spans(self, index: LayerIndex) -> int:
         """Check with an index; gives the bytes decoded."""
-        reading = _Reading(self._stored, self._blob.digest, self._progress, self._blob.number)
+        reading = _Reading(self._stored, self._blob.digest)
         decoded = _Decoded(self._blob.diff_id)
         comparing = _Comparing(index)
         damages: list[_Damage] = []
         wrong_index: CacheDamagedError | None = None
         try:
-            for number in range(len(index.spans)):
-                try:
-                    data = index.decode(number, reading.read_at)
-                except CacheDamagedError:
-                    raise
-                except DamagedError as error:
-                    damages.append(_Damage(number, str(error)))
-                    continue
-                decoded.take(data)
-                if not damages:
-                    comparing.take(data)
+            with closing(_ahead(index, reading)) as spans:  # so that nobody reads on once this is over
+                for number, span in enumerate(spans):
+                    try:
+                        data = span.result()
+                    except CacheDamagedError:
+                        raise
+                    except DamagedError as error:
+                        damages.append(_Damage(number, str(error)))
+                        continue
+                    decoded.take(data)
+                    if not damages:
+                        comparing.take(data)
+                    self._progress.advance(self._blob.number, reading.position)
             if not damages:
                 comparing.finish()
         except CacheDamagedError as error:
@@ -293,7 +299,7 @@ class _LayerCheck:
 
     def _front_to_back(self, *, decode: bool = True) -> int:
         """Check without an index; gives the bytes decoded."""
-        reading = _Reading(self._stored, self._blob.digest, self._progress, self._blob.number)
+        reading = _Reading(self._stored, self._blob.digest)
         decoded = _Decoded(self._blob.diff_id)
         if not decode:
             self._compare_digest(self._finished(reading))
@@ -308,6 +314,7 @@ class _LayerCheck:
                     pass
             for piece in streams.decode(kind, reading.pieces()):
                 decoded.take(piece)
+                self._progress.advance(self._blob.number, reading.position)
         except OcifsError as error:
             problem = Finding(
                 "data",
@@ -360,42 +367,49 @@ class _LayerCheck:
             self.find("cache", f"the re-framed copy of layer {self._blob.number} is damaged: {wrong}")
 
 
+def _ahead(index: LayerIndex, reading: _Reading) -> Generator[Future[bytes | memoryview]]:
+    """Decode spans in order, in a thread of its own that is a few ahead of who hashes what they decode to."""
+    waiting: deque[Future[bytes | memoryview]] = deque()
+    with ThreadPoolExecutor(1, "verify") as pool:
+        for number in range(len(index.spans)):
+            waiting.append(pool.submit(index.decode, number, reading.read_at))
+            if len(waiting) > _SPANS_AHEAD:
+                yield waiting.popleft()
+        yield from waiting
+
+
 class _Reading:
     """Reads a blob in order, and hashes every byte once, also the one that two spans share."""
 
-    def __init__(self, stored: Blob, digest: Digest | None, progress: Progress, layer: int) -> None:
+    def __init__(self, stored: Blob, digest: Digest | None) -> None:
         self._stored = stored
         self._hasher: Hasher | None = None if digest is None else digest.hasher()
         self._algorithm = "" if digest is None else digest.algorithm
-        self._progress = progress
-        self._layer = layer
-        self._position = 0
+        self.position = 0
+        """Bytes hashed so far, from the first one on."""
 
     def read_at(self, offset: int, size: int, /) -> bytes:
         data = self._stored.read_at(offset, size)
-        if self._hasher is not None and offset <= self._position < offset + len(data):
-            self._hasher.update(memoryview(data)[self._position - offset :])
-            self._position = offset + len(data)
-        self._progress.advance(self._layer, offset + len(data))
+        if offset <= self.position < offset + len(data):
+            if self._hasher is not None:
+                self._hasher.update(memoryview(data)[self.position - offset :])
+            self.position = offset + len(data)
         return data
 
     def pieces(self) -> Iterator[bytes]:
-        offset = 0
         for data in stored_pieces(self._stored):
             if self._hasher is not None:
                 self._hasher.update(data)
-            offset += len(data)
-            self._position = offset
-            self._progress.advance(self._layer, offset)
+            self.position += len(data)
             yield data
 
     def finish(self) -> Digest | None:
         """Hash what was not read; gives the digest, None if there is none to be compared with."""
         if self._hasher is None:
             return None
-        while data := self._stored.read_at(self._position, 1 << 20):
+        while data := self._stored.read_at(self.position, 1 << 20):
             self._hasher.update(data)
-            self._position += len(data)
+            self.position += len(data)
         return Digest(self._algorithm, self._hasher.hexdigest())
 
 
