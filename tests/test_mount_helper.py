@@ -80,6 +80,9 @@ def test_options_of_the_view_are_options_of_the_mount(helper: Path, place: Path)
     script = 'mount -t fuse.ocifs -o ro,layer=3,cache_memory=1M "$2" "$1" && ls "$1/usr/share" -A && umount "$1"'
     done = in_a_namespace(helper, script, place, SAMPLE)
     assert (done.returncode, done.stdout.split()) == (0, [".wh.doc", "themes"])
+    script = 'mount -t fuse.ocifs -o ro,examine=visible "$2" "$1" && ls -d "$1/".o* && umount "$1"'
+    done = in_a_namespace(helper, script, place, SAMPLE)
+    assert (done.returncode, done.stdout) == (0, f"{place}/.ocifs\n")
 
 
 @pytest.mark.parametrize(
@@ -87,6 +90,7 @@ def test_options_of_the_view_are_options_of_the_mount(helper: Path, place: Path)
     [
         ("ro,frobnicate", 1, "'frobnicate' is not known"),
         ("ro,frob=1,noexec", 1, "'frob=1' is not known"),
+        ("ro,examine=all", 1, "--examine=all is not known"),
         ("ro,layer=three", 1, "'layer=three' wants a number"),
         ("ro,layer=1,upto=2", 1, "give one of them"),
         ("ro,driver=loop", 1, "'driver=loop' is not known"),
