@@ -52,6 +52,8 @@ FAMILIES: Final[dict[str, dict[str, Place]]] = {
         "wasted": Place("remains", "wasted", "Add up the bytes in layers that no one sees."),
         "diff": Place("comparing", "diff", "List how two images differ."),
         "audit": Place("auditing", "audit", "List privileges, odd names and traces of tampering."),
+        "find": Place("searching", "find", "Find names by the tests that GNU find has, deleted ones too."),
+        "grep": Place("searching", "grep", "Search files' data, deleted ones' too, by a regular expression."),
         "timeline": Place("timelines", "timeline", "Print what happened when, for mactime, plaso or Timesketch."),
         "hash": Place("hashing", "hashes", "Hash every file of an image, and look hashes up in lists."),
         "evidence": Place("evidence", "evidence", "Check evidence logs."),

@@ -137,7 +137,7 @@ class Digests:
             else:
                 digests[number * self._width : (number + 1) * self._width] = taker.digests()
 
-    def _begin(self, stream: Stream) -> _Hashing:
+    def _begin(self, stream: Stream, *, whole: bool) -> _Hashing:  # noqa: ARG002 (the sweep's signature)
         return _Hashing(self.algorithms, stream.size - stream.stored_size)
 
     def _of_hole(self, size: int) -> bytes:
@@ -171,6 +171,9 @@ class _Hashing:
         while size > 0 and not self.too_large:
             self.take(memoryview(_ZEROS)[:size])
             size -= len(_ZEROS)
+
+    def finish(self) -> None:
+        pass
 
     def digests(self) -> bytes:
         return b"".join(hashing.digest() for hashing in self._hashes)

@@ -21,7 +21,7 @@ import os
 from array import array
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar
 
@@ -61,9 +61,24 @@ class Taker(Protocol):
         """Take ``size`` zeros, which may be more than any memory holds."""
         ...
 
+    def finish(self) -> None:
+        """Take note that this was all."""
+        ...
+
 
 _Taker = TypeVar("_Taker", bound=Taker)
-Begin = Callable[[Stream], _Taker]
+_Begun_co = TypeVar("_Begun_co", bound=Taker, covariant=True)
+
+
+class Begin(Protocol[_Begun_co]):
+    """Makes takers."""
+
+    def __call__(self, stream: Stream, *, whole: bool) -> _Begun_co:
+        """Make the taker of a stream.
+
+        ``whole``: in a thread, which will hand over all of the stream (less than a span); else in the iterating one.
+        """
+        ...
 
 
 class Swept(NamedTuple, Generic[_Taker]):
@@ -138,8 +153,8 @@ def sweep(
 ) -> Iterator[Swept[_Taker]]:
     """Read everything that is wanted, in the order of layers and offsets; give each stream when it is through.
 
-    ``begin`` makes the taker of a stream, in any thread. Data that does not decode to what was indexed makes an error of
-    the streams in that span; others are read all the same. ``evidence`` is told what was read.
+    Data that does not decode to what was indexed makes an error of the streams in that span; others are read all the same.
+    ``evidence`` is told what was read.
     """
     threads = os.cpu_count() or 1
     with ThreadPoolExecutor(threads, "sweep") as pool:
@@ -224,8 +239,9 @@ class _Feeding(Generic[_Taker]):
             data = data[len(part) :]
 
     def end(self) -> None:
-        """Hand on the hole at the end, if there is one."""
+        """Hand on the hole at the end, if there is one, and say that this was all."""
         self._to(self.stream.size)
+        self.taker.finish()
 
     def _to(self, file_offset: int) -> None:
         if file_offset > self._reached:
@@ -269,9 +285,9 @@ class _Run(Generic[_Taker]):
                     yield Swept(crossing.stream, crossing.taker, error)
                     crossing = error = None
             for stream, taker in itertools.zip_longest(task.inside, takers):
-                yield Swept(stream, taker or self._begin(stream), failed)
+                yield Swept(stream, taker or self._begin(stream, whole=False), failed)
             if task.leaving is not None:
-                crossing, error = _Feeding(task.leaving, self._begin(task.leaving)), failed
+                crossing, error = _Feeding(task.leaving, self._begin(task.leaving, whole=False)), failed
                 self._feed(crossing, task, data, error)
             del data
 
@@ -292,7 +308,7 @@ class _Run(Generic[_Taker]):
         first, _ = self._data.index.spans.layer_range(task.span)
         takers = []
         for stream in task.inside:
-            feeding = _Feeding(stream, self._begin(stream))
+            feeding = _Feeding(stream, self._begin(stream, whole=True))
             feeding.feed(_cut(data, first, stream))
             feeding.end()
             takers.append(feeding.taker)
