@@ -25,6 +25,7 @@ import bisect
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
+from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import msgspec
@@ -39,7 +40,7 @@ from ocifs.store import Kind
 from ocifs.tar import TarScanner
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable, Iterator
+    from collections.abc import Callable, Generator, Iterable, Iterator
 
     from ocifs.evidence import EvidenceLog
     from ocifs.image import ImageOptions, Progress, Resolved
@@ -53,6 +54,8 @@ MAX_NAMED: Final = 1000
 
 _SPANS_AHEAD: Final = 2
 """Spans that wait decoded, of 4 MiB or so each."""
+_WORTH_A_THREAD: Final = 1 << 20
+"""Bytes of a layer below which a thread costs more than it saves."""
 _DOCUMENT_RULES: Final = frozenset({"C4", "C5", "C6", "C8"})
 """Rules whose breach means that documents are not what their digests say, or do not agree (`ocifs.rules`)."""
 
@@ -262,7 +265,7 @@ class _LayerCheck:
             with closing(_ahead(index, reading)) as spans:  # so that nobody reads on once this is over
                 for number, span in enumerate(spans):
                     try:
-                        data = span.result()
+                        data = span()
                     except CacheDamagedError:
                         raise
                     except DamagedError as error:
@@ -367,15 +370,18 @@ class _LayerCheck:
             self.find("cache", f"the re-framed copy of layer {self._blob.number} is damaged: {wrong}")
 
 
-def _ahead(index: LayerIndex, reading: _Reading) -> Generator[Future[bytes | memoryview]]:
-    """Decode spans in order, in a thread of its own that is a few ahead of who hashes what they decode to."""
+def _ahead(index: LayerIndex, reading: _Reading) -> Generator[Callable[[], bytes | memoryview]]:
+    """Give what gives each span, in order, decoded in a thread of its own a few ahead of who hashes what they decode to."""
+    if index.layer_size < _WORTH_A_THREAD:
+        yield from (partial(index.decode, number, reading.read_at) for number in range(len(index.spans)))
+        return
     waiting: deque[Future[bytes | memoryview]] = deque()
     with ThreadPoolExecutor(1, "verify") as pool:
         for number in range(len(index.spans)):
             waiting.append(pool.submit(index.decode, number, reading.read_at))
             if len(waiting) > _SPANS_AHEAD:
-                yield waiting.popleft()
-        yield from waiting
+                yield waiting.popleft().result
+        yield from (future.result for future in waiting)
 
 
 class _Reading:
