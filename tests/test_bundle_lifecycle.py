@@ -134,6 +134,51 @@ def test_changes_kept_elsewhere_are_there_again(image: str, tmp_path: Path) -> N
     assert (place / "upper/x").read_text() == "kept\n"
 
 
+def test_changes_of_an_ended_bundle_are_there_again(image: str, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    with bundled(image, first):
+        assert in_container(first, "echo kept > /x") == (0, "", "")
+        other = ocifs("bundle", "--upper", first, image, second)
+        assert other.stderr == f"ocifs: the changes in {first} are in use by the bundle at {first}\n"
+        assert ocifs("unbundle", first).returncode == 0
+    with bundled(image, second, "--upper", str(first)):
+        assert in_container(second, "cat /x; echo more > /y") == (0, "kept\n", "")
+    assert (first / "upper/y").read_text() == "more\n"
+
+
+def test_nobody_else_gets_to_what_containers_write(image: str, box: Path, tmp_path: Path) -> None:
+    """A set-user-ID file that a container makes lies in the upper directory, where its mode means what it says."""
+    place = tmp_path / "place"
+    place.mkdir(mode=0o755)
+    with bundled(image, box, "--upper", str(place)):
+        assert [path.stat().st_mode & 0o777 for path in (box, place)] == [0o700, 0o700]
+
+
+@pytest.mark.parametrize("which", ["box", "place"])
+def test_a_directory_of_somebody_else_is_refused(image: str, box: Path, tmp_path: Path, which: str) -> None:
+    place, theirs = tmp_path / "place", tmp_path / which
+    theirs.mkdir(mode=0o755)
+    os.chown(theirs, 1234, 1234)
+    done = ocifs("bundle", "--upper", place, image, box)
+    assert done.returncode == 6
+    assert done.stderr.startswith(f"ocifs: {theirs} belongs to the user with id 1234, who could run from it what only")
+    assert (theirs.stat().st_mode & 0o777, list(theirs.iterdir())) == (0o755, [])
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe", b"a kernel\n" * 100, b"sha256:"])
+def test_a_directory_with_something_else_is_left_as_it_is(
+    image: str, box: Path, tmp_path: Path, content: bytes | None
+) -> None:
+    place = tmp_path / "place"
+    place.mkdir(mode=0o755)
+    (place / "other" if content is None else place / "image").write_bytes(content or b"")
+    done = ocifs("bundle", "--upper", place, image, box)
+    message = f"ocifs: {place} is not empty (1 names) and holds no changes of a bundle\n"
+    assert (done.returncode, done.stderr) == (7, message)
+    assert (place.stat().st_mode & 0o777, len(list(place.iterdir()))) == (0o755, 1)
+    assert gone(box)
+
+
 def test_changes_of_another_image_are_refused(image: str, box: Path, tmp_path: Path) -> None:
     place = tmp_path / "place"
     with bundled(image, box, "--upper", str(place)):
@@ -228,7 +273,11 @@ def test_a_patch_that_makes_no_sense_is_refused(
         (["-v", "/no/such:/x"], 3, "-v '/no/such:/x': there is no /no/such on this machine"),
         (["-u", "eve"], 3, "the image has no user 'eve': /etc/passwd does not list it"),
         (["--read-only", "--ephemeral"], 2, "--read-only, --ephemeral and --upper exclude one another"),
-        (["--config-patch", "/no/such"], 6, "cannot read the patch /no/such: No such file or directory"),
+        (["-v", "/etc:/"], 2, "-v '/etc:/' would hide the image: CTR is a directory below its root"),
+        (["-v", "/etc://x/.."], 2, "-v '/etc://x/..' would hide the image"),
+        (["--config-patch", "/no/such"], 3, "there is no patch /no/such"),
+        (["--config-patch", "/"], 6, "cannot read the patch /: Is a directory"),
+        (["--config-patch", "-"], 2, "the patch on standard input is not JSON: Expecting value"),
         (["-e", "A=\udcff"], 2, "config.json can hold UTF-8 only"),
         (["--rootless", "-u", "ada"], 5, "would run as 1000:1000, and in this user namespace there is only 0:0"),
     ],
@@ -256,7 +305,7 @@ def test_a_directory_in_use_is_refused(image: str, box: Path, tmp_path: Path) ->
     with bundled(image, box):
         done = ocifs("bundle", image, box)
         assert done.returncode == 7
-        assert f"{box} is a bundle already; take another directory, or: ocifs unbundle --delete {box}" in done.stderr
+        assert f"{box} is a bundle already; end and remove it with 'ocifs unbundle --delete {box}', or" in done.stderr
         assert mounted_in(box) == ["lower", "rootfs"]
 
 
@@ -364,8 +413,12 @@ def test_a_bundle_is_not_ended_under_a_container(image: str, box: Path, driver: 
         assert gone(box)
 
 
-def test_a_bundle_is_not_ended_under_a_shell_in_it(image: str, box: Path) -> None:
-    with bundled(image, box), running(["sh", "-c", "echo up; read x"], until="up", cwd=box / "rootfs") as shell:
+@pytest.mark.parametrize("options", [[], ["--read-only"]])
+def test_a_bundle_is_not_ended_under_a_shell_in_it(image: str, box: Path, options: list[str]) -> None:
+    with (
+        bundled(image, box, *options),
+        running(["sh", "-c", "echo up; read x"], until="up", cwd=box / "rootfs") as shell,
+    ):
         done = ocifs("unbundle", box)
         assert done.returncode == 7
         assert f"{box}/rootfs is in use by sh (pid {shell.pid}); end them first" in done.stderr

@@ -14,8 +14,9 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any, Final
@@ -92,7 +93,10 @@ def _check(directory: Path, plan: Plan) -> None:
         message = "only root can put a writable layer over an image; say --read-only, or use 'ocifs run'"
         raise MachineError(message)
     if state.is_bundle(directory):
-        message = f"{directory} is a bundle already; take another directory, or: ocifs unbundle --delete {directory}"
+        message = (
+            f"{directory} is a bundle already; end and remove it with 'ocifs unbundle --delete {directory}', or take "
+            f"another directory (with '--upper {directory}' once that is ended, and what was changed in it is there again)"
+        )
         raise BusyError(message)
     try:
         names = os.listdir(directory)
@@ -111,11 +115,8 @@ def _make(directory: Path, image: Image, plan: Plan, undo: ExitStack) -> State:
     """Write and mount everything but ``config.json``; ``undo`` takes back what was done."""
     read_only = plan.wanted.read_only
     _make_directory(directory, undo, mode=0o700)
-    # An image may have files that make whoever runs them root: nobody else may reach it here.
-    try:
-        directory.chmod(0o700)
-    except OSError as error:
-        raise MachineError(f"cannot take {directory} for a bundle: {error.strerror}") from error
+    with _ours_alone(directory):
+        pass
     # As it will be mounted: `reserve` says what is wrong if that cannot be.
     used, _ = driver.choose(plan.driver, options=(), examining=plan.options.examine, runtime=daemon.runtime_dir())
     rootfs = directory / "rootfs"
@@ -158,6 +159,30 @@ def _make(directory: Path, image: Image, plan: Plan, undo: ExitStack) -> State:
     return made
 
 
+@contextlib.contextmanager
+def _ours_alone(directory: Path) -> Iterator[None]:
+    """After the block nobody else can get into a directory: files of an image may make whoever runs them root.
+
+    Raises `MachineError` before it if the directory is somebody else's, who could always get in.
+    """
+    try:
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        raise MachineError(f"cannot look into {directory}: {error.strerror}") from error
+    try:
+        owner = os.fstat(fd).st_uid
+        if owner != os.geteuid():
+            message = (
+                f"{directory} belongs to the user with id {owner}, who could run from it what only containers are to run "
+                "(set-user-ID files); name a directory of your own, or one that is not there yet"
+            )
+            raise MachineError(message)
+        yield
+        os.fchmod(fd, 0o700)
+    finally:
+        os.close(fd)
+
+
 def _mount_words(used: str) -> Sequence[str]:
     """Mount options for a root file system: devices and set-user-ID files work, and every user of the container reads.
 
@@ -189,27 +214,41 @@ def _add_changes(directory: Path, changes: Path, image: Image, made: State, plan
 
 _IMAGE_OF: Final = "image"
 """In a directory of changes: the manifest digest of the image that they are changes of."""
+_DIGEST: Final = re.compile(rb"[a-z0-9]+:[0-9a-f]+\n?")
 
 
 def _check_kept(place: Path, made: State, undo: ExitStack) -> None:
     """Prepare a directory that keeps changes: of this image, and of no other bundle at this moment."""
     _make_directory(place, undo, mode=0o700)
-    mark = place / _IMAGE_OF
-    try:
-        kept = mark.read_text().strip()
-    except FileNotFoundError:
-        if names := os.listdir(place):
-            raise BusyError(f"{place} is not empty ({len(names)} names) and holds no changes of a bundle") from None
-        state.write(mark, f"{made.manifest}\n".encode())
+    with _ours_alone(place):
+        kept = _image_of(place)
+        if kept is None and (names := os.listdir(place)):
+            raise BusyError(f"{place} is not empty ({len(names)} names) and holds no changes of a bundle")
+        if kept not in (None, made.manifest):
+            message = (
+                f"{place} holds changes of another image, {kept}; over {made.manifest} they would mean something else"
+            )
+            raise UsageError(message)
+        if other := overlayfs.overlay_with(place / "upper"):
+            raise BusyError(f"the changes in {place} are in use by the bundle at {os.path.dirname(other)}")
+    if kept is None:
+        mark = place / _IMAGE_OF
         undo.callback(mark.unlink, missing_ok=True)
-        return
+        state.write(mark, f"{made.manifest}\n".encode())
+
+
+def _image_of(place: Path) -> str | None:
+    """The digest of the image whose changes are kept in a directory; None if it holds none. An ended bundle holds some."""
+    if state.is_bundle(place):
+        return state.load(place).manifest
+    try:
+        with (place / _IMAGE_OF).open("rb") as file:
+            kept = file.read(256)
+    except FileNotFoundError:
+        return None
     except OSError as error:
-        raise MachineError(f"cannot read {mark}: {error.strerror}") from error
-    if kept != made.manifest:
-        message = f"{place} holds changes of another image, {kept}; over {made.manifest} they would mean something else"
-        raise UsageError(message)
-    if other := overlayfs.overlay_with(place / "upper"):
-        raise BusyError(f"the changes in {place} are in use by the bundle at {os.path.dirname(other)}")
+        raise MachineError(f"cannot read {place / _IMAGE_OF}: {error.strerror}") from error
+    return kept.decode().strip() if _DIGEST.fullmatch(kept) else None
 
 
 def _copy_root(image: Image, upper: Path) -> None:
@@ -342,7 +381,7 @@ def _take_down(place: Path) -> None:
         return
     if there.fs_type in daemon.FS_TYPES.values():
         with contextlib.suppress(NotFoundError):  # it has gone meanwhile, or its record has
-            daemon.unmount(place)
+            daemon.unmount(place, advice="end them first")
         if mounted_at(place) is None:
             return
     try:

@@ -92,7 +92,12 @@ def _asking(function: _F) -> _F:
 @_asking
 @click.option("--read-only", is_flag=True, help="No writable layer: the root file system is the image itself.")
 @click.option("--ephemeral", is_flag=True, help="Keep changes in memory, until the bundle ends.")
-@click.option("--upper", metavar="PLACE", type=click.Path(), help="Keep changes in this directory.  [default: in DIR]")
+@click.option(
+    "--upper",
+    metavar="PLACE",
+    type=click.Path(),
+    help="Keep changes in this directory, or go on with those in it; an ended bundle will do.  [default: in DIR]",
+)
 @click.option("--rootless", is_flag=True, help="For a container in a user namespace, as 'runc spec --rootless'.")
 @opt.ref_argument
 @click.argument("directory", metavar="DIR", type=click.Path())
@@ -288,7 +293,10 @@ def _bind(word: str) -> Bind:
         raise UsageError(f"-v {word!r} is not HOST:CTR or HOST:CTR:ro, CTR beginning with a slash")
     if not os.path.lexists(source):
         raise NotFoundError(f"-v {word!r}: there is no {source} on this machine")
-    return Bind(os.path.abspath(source), os.path.normpath(destination), read_only=rest[1:] == ["ro"])
+    destination = "/" + os.path.normpath(destination).lstrip("/")  # two slashes at the start would stay two
+    if destination == "/":
+        raise UsageError(f"-v {word!r} would hide the image: CTR is a directory below its root")
+    return Bind(os.path.abspath(source), destination, read_only=rest[1:] == ["ro"])
 
 
 def _check_text(wanted: Wanted) -> None:
@@ -307,10 +315,13 @@ def _patch(name: str | None) -> Any:  # noqa: ANN401 (JSON)
             file = sys.stdin.buffer if name == "-" else stack.enter_context(open(name, "rb"))
             raw = file.read(_PATCH_LIMIT)
         return json.loads(raw)
+    except FileNotFoundError:
+        raise NotFoundError(f"there is no patch {name}") from None
     except OSError as error:
         raise MachineError(f"cannot read the patch {name}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"the patch {name} is not JSON: {error}") from None
+        where = "on standard input" if name == "-" else name
+        raise UsageError(f"the patch {where} is not JSON: {error}") from None
 
 
 def _id_map() -> IdMap:

@@ -99,7 +99,7 @@ def _detach(path: Path, *, lazy: bool) -> None:
         raise OSError(number, done.stderr.strip() or "fusermount3 failed", str(path))
 
 
-def unmounted(path: Path, *, lazy: bool) -> None:
+def unmounted(path: Path, *, lazy: bool, advice: str = "end them, or say --lazy") -> None:
     """Unmount ``path``, or say in a sentence why not."""
     try:
         _detach(path, lazy=lazy)
@@ -108,7 +108,7 @@ def unmounted(path: Path, *, lazy: bool) -> None:
         raise MachineError(message) from error
     except OSError as error:
         if error.errno == errno.EBUSY:
-            message = f"{path} is in use by {users_of(path)}; end them, or say --lazy"
+            message = f"{path} is in use by {users_of(path)}; {advice}"
             raise BusyError(message) from None
         message = f"cannot unmount {path}: {error.strerror}"
         raise MachineError(message) from error
@@ -122,7 +122,9 @@ def clean_up(mountpoint: Path) -> None:
             unmounted(path, lazy=True)
 
 
-def unmount(mountpoint: Path, *, lazy: bool = False, patience: float = GOODBYE) -> None:
+def unmount(
+    mountpoint: Path, *, lazy: bool = False, patience: float = GOODBYE, advice: str = "end them, or say --lazy"
+) -> None:
     """Unmount ``mountpoint`` and return when its daemon is gone. Cleans up after a daemon that was killed.
 
     Raises `NotFoundError` if nothing of ocifs is mounted there, `BusyError` (naming the processes) if it is in use or the
@@ -136,7 +138,7 @@ def unmount(mountpoint: Path, *, lazy: bool = False, patience: float = GOODBYE) 
                 message = f"nothing of ocifs is mounted on {mountpoint}; 'ocifs ps' lists what is"
                 raise NotFoundError(message)
             daemon = _pidfd(record.pid) if record and alive else None
-            unmounted(path, lazy=lazy or not alive)
+            unmounted(path, lazy=lazy or not alive, advice=advice)
         if daemon is None or lazy or select.select([daemon], [], [], min(1.0, patience))[0]:
             return
         # Asked only now: the number of a file system that is gone may be another's already.
@@ -147,8 +149,8 @@ def unmount(mountpoint: Path, *, lazy: bool = False, patience: float = GOODBYE) 
             raise BusyError(message)
         if not select.select([daemon], [], [], patience)[0]:
             message = (
-                f"{path} is unmounted, but its daemon (pid {record.pid if record else 0}) still serves: another mount "
-                "namespace, such as a container's, holds a copy of the mount; it ends with that namespace"
+                f"{path} is unmounted, but its daemon (pid {record.pid if record else 0}) still serves: an overlay above "
+                "it, or another mount namespace such as a container's, holds a copy of the mount; it ends with that"
             )
             raise BusyError(message)
     finally:
