@@ -10,7 +10,8 @@ notes the SHA-256 of the last line, the *head*, which `verify` gives and `ocifs 
 
 Events: ``began`` (a command: its words, who, where), ``mounted``, ``opened`` (an image: reference, source, digests, layers
 and whether they are what the image says), ``read`` (a range of a layer's uncompressed tar, and whether its stored bytes
-were those that were indexed), ``blob`` (a blob as stored), ``closed``.
+were those that were indexed), ``blob`` (a blob as stored; below ``.ocifs/raw`` unverified), ``view`` (an examined mount made
+a view or a report), ``closed``.
 
 Ranges that follow upon one another are joined, up to a second and 64 MiB, so that a file read to its end is a few lines. A
 process that is killed may leave out the last second.

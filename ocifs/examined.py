@@ -54,6 +54,7 @@ from ocifs.tree import Origin
 
 if TYPE_CHECKING:
     from ocifs.driver import Keeper
+    from ocifs.evidence import EvidenceLog
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -158,7 +159,7 @@ def _views(
     stored: dict[bytes, dict[bytes, Document]] = {}
     for digest_text, blob in blobs.items():
         algorithm, _, encoded = digest_text.partition(":")
-        document = _document(_Stored(blob), by_digest.get(digest_text, 0))
+        document = _document(_Stored(blob, digest_text, image.evidence), by_digest.get(digest_text, 0))
         stored.setdefault(algorithm.encode(), {})[encoded.encode()] = document
     return Folder(
         {
@@ -200,14 +201,19 @@ class _Tar:
 
 
 class _Stored:
-    """A blob as stored: whatever its bytes are now."""
+    """A blob as stored: whatever its bytes are now. The evidence log says that it was read, once, but not what was right."""
 
-    def __init__(self, blob: Blob) -> None:
+    def __init__(self, blob: Blob, digest: str, evidence: EvidenceLog | None) -> None:
         self.size = blob.size
         self._blob = blob
+        self._digest = digest
+        self._evidence = evidence
 
     async def read(self, offset: int, size: int) -> bytes:
         """See `ocifs.forest.Content`."""
+        if self._evidence is not None:
+            self._evidence.append("blob", which=self._digest, digest=self._digest, verified=None)
+            self._evidence = None
         return await _in_thread(partial(self._blob.read_at, offset, size))
 
 

@@ -250,10 +250,9 @@ def children(pid: int) -> list[int]:
 def test_trees_are_made_when_they_are_entered_and_nothing_is_left_of_a_mount(tmp_path: Path) -> None:
     image = evidence_image()
     put_image(tmp_path / "image", image)
-    cache = tmp_path / "cache"
-    with mounted(
-        f"oci:{tmp_path}/image", tmp_path / "mnt", "--examine=visible,sha256", cache=cache, ended=True
-    ) as mount:
+    cache, log = tmp_path / "cache", tmp_path / "evidence.jsonl"
+    words = ("--examine=visible,sha256", "--evidence-log", str(log))
+    with mounted(f"oci:{tmp_path}/image", tmp_path / "mnt", *words, cache=cache, ended=True) as mount:
         at = Seen(mount, image, tmp_path / "image", cache)
         assert ".ocifs" in at.shell('ls -A "$M"').split()
         at.shell('ls -l "$M/.ocifs" "$M/.ocifs/layers" "$M/.ocifs/upto" "$M/.ocifs/slack" "$M/.ocifs/raw/tars"')
@@ -264,11 +263,16 @@ def test_trees_are_made_when_they_are_entered_and_nothing_is_left_of_a_mount(tmp
         assert kept(cache) == {Kind.TREE: 3, Kind.HISTORY: 1}
         hashed = at.attributes("epoch")["sha256"]
         assert hashed == "9a271f2a916b0b6ee6cecb2426f0b3206ef074578be55d9bc94f6f3fe3ab86aa"
+        at.shell(f'cat "$M/.ocifs/raw/blobs/sha256/{image.config_digest[7:]}"')
         (workshop,) = children(mount.pid)
         assert ocifs("umount", str(mount.path)).returncode == 0
         assert not Path(f"/proc/{workshop}").exists()
         assert not mount.log.exists()
     assert os.listdir(tmp_path / "mnt") == []
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line["view"] for line in lines if line["event"] == "view"] == ["upto 3", "deleted", "versions"]
+    assert [line["digest"] for line in lines if line["event"] == "blob"] == [image.config_digest]
+    assert lines[-1]["event"] == "closed"
     assert (os.listdir(cache / "tmp"), os.listdir(cache / "locks")) == ([], [])
 
 
