@@ -72,8 +72,8 @@ def test_a_receipt_holds_for_the_blob_and_not_for_one_that_was_changed(
     assert receipt["extents"] == [{"file_offset": 0, "layer_offset": 1024, "size": len(SECRET)}]
     blob = blob_of(tmp_path / "x", receipt)
     status, lines = checked(tmp_path, receipt, blob)
-    assert (status, lines[-1]) == (0, f"ok: '{len(SECRET)} bytes of root/.ssh/id_rsa {sha256(SECRET)}'")
-    assert len(lines) == (9 if compression == "zstd" else 10)
+    assert (status, lines[-1]) == (0, f"ok: 'data of root/.ssh/id_rsa {sha256(SECRET)}'")
+    assert len(lines) == (10 if compression == "zstd" else 11)
     assert all(line.startswith("ok: ") for line in lines)
     if compression != "zstd":  # what zstd says of it is zstd's
         flip(blob, 40)
@@ -84,7 +84,8 @@ def test_a_receipt_holds_for_the_blob_and_not_for_one_that_was_changed(
 @pytest.mark.parametrize(
     ("change", "wrong"),
     [
-        (lambda receipt: receipt.update(sha256="0" * 64), "bytes of bin/tool"),
+        (lambda receipt: receipt.update(sha256="0" * 64), "data of bin/tool"),
+        (lambda receipt: receipt.update(size=21), "20 bytes"),
         (lambda receipt: receipt["headers"][0].update(name="bin/other"), "entry bin/other"),
         (lambda receipt: receipt["headers"][0].update(data_offset=0), "entry bin/twin"),
         (lambda receipt: receipt["headers"][0].update(hard_link_to="bin/sh"), "is what it should be"),
