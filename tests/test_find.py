@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import time
 from typing import TYPE_CHECKING
@@ -10,7 +11,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 from ocifs.errors import UsageError
-from ocifs.forensics.find import Surroundings, parse, pattern
+from ocifs.forensics.examination import open_examination
+from ocifs.forensics.find import Surroundings, parse, pattern, search, visible
+from ocifs.image import ImageOptions, open_image
+from ocifs.rootfs import view
+from ocifs.store import Store
 from tests.support.command import Run, runner
 from tests.support.evidence_image import BASE_TIME, ODD_NAMES, write_evidence
 from tests.support.layout import write_layout
@@ -125,7 +130,7 @@ EXPRESSIONS = """
 """
 
 
-def test_gnu_find_finds_the_same_on_a_mount(ocifs: Run, tmp_path: Path, place: Path) -> None:
+def test_gnu_find_finds_the_same_on_a_mount(tmp_path: Path, place: Path) -> None:
     write_layout(tmp_path / "image", tree())
     expressions = [line.split() for line in EXPRESSIONS.strip().splitlines()]
     # They know other names of users; and their paths begin with where they start.
@@ -138,11 +143,18 @@ def test_gnu_find_finds_the_same_on_a_mount(ocifs: Run, tmp_path: Path, place: P
         done = run(["sh", "-c", script], cwd=place, env={"LC_ALL": "C.UTF-8"})
     assert done.stderr == ""
     theirs = done.stdout.split("----\n")[:-1]
-    for words, found in zip(expressions, theirs, strict=True):
-        ours = ocifs("find", str(tmp_path / "image"), *words)
-        assert (ours.status, ours.err) == (0, ""), words
-        expected = ["/" + path.removeprefix(".").removeprefix("/") for path in found.splitlines()]
-        assert sorted(ours.out.decode(errors="surrogateescape").splitlines()) == sorted(expected), words
+    options = ImageOptions(examine=True)
+    around = Surroundings(time.time_ns(), lambda: {"ada": 1000}, lambda: {"users": 100})
+    with (
+        Store(tmp_path / "cache") as store,
+        open_examination(str(tmp_path / "image"), store, options) as examination,
+        open_image(str(tmp_path / "image"), store, options) as image,
+    ):
+        for words, found in zip(expressions, theirs, strict=True):
+            ours = search(visible(examination.history, view(image)), parse(words, around))
+            paths = ["/" + os.fsdecode(version.path) for version, actions in ours for _ in actions]
+            expected = ["/" + path.removeprefix(".").removeprefix("/") for path in found.splitlines()]
+            assert sorted(paths) == sorted(expected), words
 
 
 def lines(ocifs: Run, *words: str) -> list[bytes]:

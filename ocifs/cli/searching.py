@@ -186,7 +186,7 @@ def grep(choice: Choice, ref: str, pattern: str, *, scope: str, slack: bool, as_
     PATTERN is an expression of Python's re for bytes: text in UTF-8, any byte as \xNN; ^ and $ are the ends of lines. Each
     byte is decoded and searched once, under all its names, and matches come as data lies in the layers. Lines that are
     longer than 1 MiB may be cut there, and holes are not searched. A binary file (a NUL in its first 32 KiB) is only said to
-    match, as by grep(1), unless -a, -o or --json is given. Slack is LNN@OFFSET, as in the layer's uncompressed tar.
+    match, on standard error, unless -a, -o or --json is given. Slack is LNN@OFFSET, as in the layer's uncompressed tar.
 
     Fields of --json, for each match, are path (null for slack), layer, entry, offset (in the file), data_layer and
     layer_offset (where that is), size, match, line (null in binary files), binary. Exit status: 0 if something matches, 1 if
@@ -269,7 +269,7 @@ class _Told:
             self._shown = [b"L%02d@%d" % (stream.layer, match.layer_offset)]
         if match.binary and not (self._how["text"] or self._how["only"] or slack):
             for name in self._shown:
-                output.print_line(f"Binary file {output.shown(name, terminal=self._terminal)} matches")
+                output.complain(f"{output.decode(name)}: binary file matches")
             return False
         if self._how["only"] or slack:
             self._print(b":" + match.text)

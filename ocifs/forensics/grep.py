@@ -4,8 +4,8 @@ Data is gone through as it lies in the layers (`ocifs.forensics.sweep`), so matc
 
 *Lines.* A pattern is one of Python's for bytes (`re`), with ``^`` and ``$`` for the ends of lines. What is searched at once
 are whole lines, as many as a span has, so a pattern that matches a newline may match over several. A line that reaches over
-spans is put together up to `MAX_LINE` bytes and cut there; a match over the cut is not found. Holes are not searched: they
-end a line.
+spans is put together up to `MAX_LINE` bytes and cut there; a match over the cut is not found. What is shown of a line is as
+long at most. Holes are not searched: they end a line.
 
 *Binary* is a file with a NUL byte in its first 32 KiB, or with a hole.
 
@@ -141,6 +141,9 @@ class _Searching:
                 start = lines.rfind(b"\n", 0, first) + 1
                 stop = lines.find(b"\n", max(first, last - 1))
                 stop = len(lines) if stop < 0 else stop
+                if stop - start > MAX_LINE:
+                    start += (first - start) // MAX_LINE * MAX_LINE
+                    stop = min(stop, start + MAX_LINE)
                 line = lines[start:stop]
             found = Match(file_offset + first, layer_offset + first, match[0], line, file_offset + start, self._binary)
             if not self._sink(self._stream, found):

@@ -8,8 +8,8 @@ sha256sum
     As coreutils write and check it: ``HASH  name``; if the name has a backslash, newline or carriage return, these are
     ``\\``, ``\n`` and ``\r`` and the line begins with a backslash.
 mtree
-    The specification of mtree(8) with full paths, names in vis(3)'s octal form (``\ooo``). A name with ``*``, ``?`` or ``[`` is
-    a pattern to mtree, so all special characters of patterns in it are preceded by a backslash, itself in octal.
+    The specification of mtree(8) with full paths, names in vis(3)'s octal form (``\ooo``). A name with ``*``, ``?`` or
+    ``[`` is a pattern to mtree, so all special characters of patterns in it are preceded by a backslash, itself in octal.
 
 Not here: the hashes (`ocifs.forensics.hashes`).
 """
@@ -92,7 +92,7 @@ def vis(name: bytes) -> str:
 
 
 def _pattern(path: bytes) -> str:
-    """Write a path so that mtree takes each name for itself and no other: fnmatch(3) sees it if it has ``*``, ``?``, ``[``."""
+    """Write a path so that mtree takes each name for itself only: fnmatch(3) sees those that have ``*``, ``?`` or ``[``."""
     return "/".join(
         "".join("\\134" * (byte in _PATTERN) + vis(bytes([byte])) for byte in name) if _MAGIC & set(name) else vis(name)
         for name in path.split(b"/")
