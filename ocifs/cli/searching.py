@@ -65,7 +65,7 @@ def _shown(version: Version, scope: str) -> bytes:
 @click.argument("words", metavar="[PATH…] [EXPRESSION]", nargs=-1, type=click.UNPROCESSED)
 @opt.examination_options
 def find(choice: Choice, ref: str, words: tuple[str, ...], *, scope: str, long: bool, as_json: bool) -> None:
-    """Find names by the tests that GNU find has, deleted ones too.
+    """Find names by the tests of GNU find, deleted ones too.
 
     Options stand before REF, the expression behind it. Tests: -name -iname -path -ipath -lname (patterns), -regex -iregex
     (Python's), -type -size -empty -perm -links -uid -gid -user -group (names by the image's passwd and group), -mtime -mmin
@@ -181,7 +181,7 @@ def _opened_tree(choice: Choice, ref: str) -> Iterator[RootFS]:
 @click.argument("pattern")
 @opt.examination_options
 def grep(choice: Choice, ref: str, pattern: str, *, scope: str, slack: bool, as_json: bool, **how: bool) -> None:
-    r"""Search files' data, deleted ones' too, by a regular expression.
+    r"""Search files' data, deleted ones' too.
 
     PATTERN is an expression of Python's re for bytes: text in UTF-8, any byte as \xNN; ^ and $ are the ends of lines. Each
     byte is decoded and searched once, under all its names, and matches come as data lies in the layers. Lines that are
