@@ -263,6 +263,7 @@ def test_trees_are_made_when_they_are_entered_and_nothing_is_left_of_a_mount(tmp
         assert kept(cache) == {Kind.TREE: 3, Kind.HISTORY: 1}
         hashed = at.attributes("epoch")["sha256"]
         assert hashed == "9a271f2a916b0b6ee6cecb2426f0b3206ef074578be55d9bc94f6f3fe3ab86aa"
+        assert at.shell('grep -c . "$M/.ocifs/reports/sha256sum.txt"') == "10\n"
         at.shell(f'cat "$M/.ocifs/raw/blobs/sha256/{image.config_digest[7:]}"')
         (workshop,) = children(mount.pid)
         assert ocifs("umount", str(mount.path)).returncode == 0
@@ -270,7 +271,9 @@ def test_trees_are_made_when_they_are_entered_and_nothing_is_left_of_a_mount(tmp
         assert not mount.log.exists()
     assert os.listdir(tmp_path / "mnt") == []
     lines = [json.loads(line) for line in log.read_text().splitlines()]
-    assert [line["view"] for line in lines if line["event"] == "view"] == ["upto 3", "deleted", "versions"]
+    assert [line["view"] for line in lines if line["event"] == "view"] == [
+        *("upto 3", "deleted", "versions", "report sha256sum.txt")
+    ]
     assert [line["digest"] for line in lines if line["event"] == "blob"] == [image.config_digest]
     assert lines[-1]["event"] == "closed"
     assert (os.listdir(cache / "tmp"), os.listdir(cache / "locks")) == ([], [])

@@ -19,7 +19,7 @@ user.ocifs.sha256          of a file: the SHA-256 of its content in hexadecimal,
 Values are text without a newline. The layer is the one whose entry made the object: of a directory, the last one that has
 an entry for it; of a file with several names, the one that has the data. The last three and the offsets are not there for
 what no entry names, as directories that are only implied, and what is ocifs' own. In ``history`` a ``LNN-deleted`` tells of
-the marker. The kernel lets only files and directories have such attributes.
+the marker, whose own name (``.wh.…``) has 0 versions. The kernel lets only files and directories have such attributes.
 
 Not here: who asks (`ocifs.examined`).
 """
