@@ -407,3 +407,8 @@ def test_set_up_without_apt_names_what_is_needed(tmp_path: Path) -> None:
         "install by its own means what Debian calls: python3 python3-venv "
         "python3-dev fuse3 libfuse3-dev pkg-config gcc libc6-dev\n"
     )
+
+
+def test_the_readme_has_the_script_that_checks_receipts_whole() -> None:
+    script = (SCRIPTS / "check-receipt").read_text(encoding="utf-8")
+    assert f"```python\n{script}```\n" in (HERE.parent / "README.md").read_text(encoding="utf-8")
