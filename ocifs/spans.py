@@ -53,6 +53,8 @@ DEFAULT_CACHE = 128 << 20
 SLACK = 256 << 10
 """Bytes decoded beyond what a reader of a cold span asked for: 256 KiB, some readahead and a few small files."""
 
+_WRITTEN_DOWN = 1.0
+"""Seconds after a read until the evidence log has it."""
 
 _PIECES = 256
 """Pieces of one read after which other requests get their turn: about 3 ms."""
@@ -194,6 +196,7 @@ class SpanReader:
         self._courses = {number: _Course() for number in self.layers}
         self._threads = threads
         self._limiter: trio.CapacityLimiter | None = None
+        self._writing_down = False
 
     def decoding(self) -> bool:
         """Tell whether a span is being decoded right now."""
@@ -203,8 +206,27 @@ class SpanReader:
         """Give ``size`` bytes at ``layer_offset`` of a layer's tar as views of its spans; `DamagedError` beyond its end."""
         if self._evidence is None:
             return await self._read(layer, layer_offset, size)
-        with _noted(self._evidence, layer, layer_offset, size):
-            return await self._read(layer, layer_offset, size)
+        with _noted(self._evidence, self.layers[layer], layer_offset, size):
+            parts = await self._read(layer, layer_offset, size)
+        self._write_down_soon(self._evidence)
+        return parts
+
+    def _write_down_soon(self, evidence: EvidenceLog) -> None:
+        """Have the evidence log say within a second what was read, though nobody may read on."""
+        if self._writing_down:
+            return
+        import trio  # noqa: PLC0415
+
+        async def write_down() -> None:
+            await trio.sleep(_WRITTEN_DOWN)
+            self._writing_down = False
+            try:
+                evidence.flush()
+            except OcifsError as error:  # the log keeps it, and the next read fails
+                _log.error("%s", error)
+
+        self._writing_down = True
+        trio.lowlevel.spawn_system_task(write_down)
 
     async def _read(self, layer: int, layer_offset: int, size: int) -> list[memoryview]:
         parts: list[memoryview] = []
@@ -240,7 +262,7 @@ class SpanReader:
         """Do the same in the calling thread, for who runs no event loop."""
         if self._evidence is None:
             return self._read_blocking(layer, layer_offset, size)
-        with _noted(self._evidence, layer, layer_offset, size):
+        with _noted(self._evidence, self.layers[layer], layer_offset, size):
             return self._read_blocking(layer, layer_offset, size)
 
     def _read_blocking(self, layer: int, layer_offset: int, size: int) -> list[memoryview]:
@@ -353,14 +375,15 @@ class SpanReader:
 
 
 @contextlib.contextmanager
-def _noted(evidence: EvidenceLog, layer: int, layer_offset: int, size: int) -> Iterator[None]:
+def _noted(evidence: EvidenceLog, layer: LayerData, layer_offset: int, size: int) -> Iterator[None]:
     """Have the evidence log say what a read came to."""
+    diff_id = str(layer.index.diff_id)
     try:
         yield
     except OcifsError as error:
-        evidence.read(layer, layer_offset, size, str(error))
+        evidence.read(layer.number, diff_id, layer_offset, size, str(error))
         raise
-    evidence.read(layer, layer_offset, size)
+    evidence.read(layer.number, diff_id, layer_offset, size)
 
 
 def _check_decoded(key: SpanKey, size: int, expected: int) -> None:

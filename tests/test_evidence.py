@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -9,16 +10,23 @@ import stat
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import trio
+import trio.testing
 
+from ocifs.bundle.state import FORMAT, State, save
 from ocifs.errors import BusyError, DamagedError, MachineError
 from ocifs.evidence import FIRST, About, EvidenceLog, verify
+from ocifs.image import ImageOptions
+from ocifs.spans import SpanReader
 from tests.support.command import Run, runner
 from tests.support.evidence_image import evidence_image, write_evidence
 from tests.support.mounting import agent, mounted
+from tests.support.spanned import layer
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+DIFF_ID = "sha256:" + "d" * 64
 PASSWD = b"root:x:0:0:root:/root:/bin/sh\napp:x:1000:1000::/:/bin/sh\n"
 
 
@@ -39,7 +47,7 @@ def test_each_line_holds_the_hash_of_the_one_before(tmp_path: Path) -> None:
     path = tmp_path / "log"
     with EvidenceLog(path, About("2024-17", "M. Lang", "disk 3")) as log:
         log.append("opened", reference="oci:x")
-        log.read(2, 512, 100)
+        log.read(2, DIFF_ID, 512, 100)
     raw = path.read_bytes().splitlines()
     assert [line["previous"] for line in lines(path)] == [
         FIRST,
@@ -69,11 +77,11 @@ def test_ranges_that_follow_upon_one_another_are_one_line(tmp_path: Path) -> Non
     path = tmp_path / "log"
     with EvidenceLog(path) as log:
         for at in range(0, 400, 100):
-            log.read(1, at, 100)
-        log.read(1, 1000, 5)
-        log.read(2, 1005, 5)
-        log.read(2, 1010, 5, "span 3 cannot be read")
-        log.read(2, 1015, 5)
+            log.read(1, DIFF_ID, at, 100)
+        log.read(1, DIFF_ID, 1000, 5)
+        log.read(2, DIFF_ID, 1005, 5)
+        log.read(2, DIFF_ID, 1010, 5, "span 3 cannot be read")
+        log.read(2, DIFF_ID, 1015, 5)
     assert told(path, "layer", "layer_offset", "size", "verified", "problem")[:-1] == [
         (1, 0, 400, True, None),
         (1, 1000, 5, True, None),
@@ -98,7 +106,7 @@ def test_what_was_altered_is_found(how: str, tmp_path: Path, ocifs: Run) -> None
     path = tmp_path / "log"
     with EvidenceLog(path) as log:
         log.append("opened", reference="oci:x")
-        log.read(2, 512, 100)
+        log.read(2, DIFF_ID, 512, 100)
         log.append("blob")
     head = verify(path).head
     assert ocifs("evidence", "verify", "--head", head, str(path)).status == 0
@@ -107,6 +115,14 @@ def test_what_was_altered_is_found(how: str, tmp_path: Path, ocifs: Run) -> None
     done = ocifs("evidence", "verify", "--head", head, str(path))
     assert done.status == 1
     assert problem in done.err
+
+
+def test_the_same_ranges_of_layers_of_two_images_are_told_apart(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    with EvidenceLog(path) as log:
+        log.read(1, "sha256:aa", 0, 5)
+        log.read(1, "sha256:bb", 5, 5)
+    assert told(path, "diff_id", "layer_offset", "size")[:-1] == [("sha256:aa", 0, 5), ("sha256:bb", 5, 5)]
 
 
 def test_a_line_of_a_log_cut_in_the_middle_is_not_gone_on_with(tmp_path: Path) -> None:
@@ -132,11 +148,150 @@ def test_a_log_that_cannot_be_written_stops_the_reading(tmp_path: Path, monkeypa
     write = os.write
     monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[:10]))
     with pytest.raises(MachineError, match="cannot be written: No space left"):
-        log.read(1, 0, 5, "bad")
+        log.read(1, DIFF_ID, 0, 5, "bad")
     assert path.read_bytes() == whole
     monkeypatch.undo()
     log.close()
     assert verify(path).problems == ()
+
+
+def full(_: int, __: bytes) -> int:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_what_was_read_before_the_disk_was_full_is_written_down_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "log"
+    with EvidenceLog(path) as log:
+        log.read(1, DIFF_ID, 0, 5)
+        monkeypatch.setattr(os, "write", full)
+        for _ in range(2):
+            with pytest.raises(MachineError, match="cannot be written: No space left"):
+                log.read(1, DIFF_ID, 512, 5)
+        monkeypatch.undo()
+        log.read(1, DIFF_ID, 1024, 5)
+    assert told(path, "event", "layer_offset") == [("read", 0), ("read", 1024), ("closed", None)]
+    assert verify(path).problems == ()
+
+
+def test_a_part_of_a_line_that_a_full_disk_left_is_taken_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "log"
+    write = os.write
+    with EvidenceLog(path) as log:
+        log.append("opened")
+        monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[:10]))
+        monkeypatch.setattr(os, "ftruncate", full)
+        with pytest.raises(MachineError):
+            log.append("blob")
+        monkeypatch.undo()
+    assert told(path, "event") == [("opened",), ("closed",)]
+    assert verify(path).problems == ()
+
+
+def test_a_line_whose_writing_was_interrupted_is_not_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "log"
+    write = os.write
+
+    def interrupted(fd: int, data: bytes) -> int:
+        write(fd, data)
+        raise KeyboardInterrupt
+
+    with EvidenceLog(path) as log:
+        monkeypatch.setattr(os, "write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            log.append("opened")
+        monkeypatch.undo()
+    assert told(path, "event") == [("opened",), ("closed",)]
+    assert verify(path).problems == ()
+
+
+def test_a_log_that_somebody_else_cuts_is_written_no_more(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    log = EvidenceLog(path)
+    log.append("opened")
+    path.write_bytes(b"")
+    with pytest.raises(MachineError, match="somebody else has changed it"):
+        log.append("blob")
+    with pytest.raises(MachineError):
+        log.close()
+    assert path.read_bytes() == b""
+
+
+def test_long_lines_are_written_read_and_gone_on_from(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    for size in (70_000, 1_500_000):
+        with EvidenceLog(path) as log:
+            log.append("opened", warnings=["x" * size])
+            log.leave()  # so that the long line is the last one
+    with EvidenceLog(path):
+        pass
+    assert told(path, "number", "event") == [(1, "opened"), (2, "opened"), (3, "closed")]
+    assert verify(path).problems == ()
+
+
+def test_a_line_that_is_too_long_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "log"
+    monkeypatch.setattr("ocifs.evidence._LONGEST", 1000)
+    with EvidenceLog(path) as log, pytest.raises(MachineError, match=r"a line of [0-9]+ bytes is too long"):
+        log.append("opened", warnings=["x" * 1000])
+    assert told(path, "event") == [("closed",)]
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "directory"])
+def test_a_log_is_a_regular_file(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/full")
+    else:
+        path.mkdir()
+    with pytest.raises(MachineError, match=r"is no regular file|Is a directory"):
+        EvidenceLog(path)
+
+
+def test_empty_lines_at_the_end_are_not_gone_on_from(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    with EvidenceLog(path):
+        pass
+    path.write_bytes(path.read_bytes() + b"\n")
+    with pytest.raises(DamagedError, match="does not end with a line"):
+        EvidenceLog(path)
+    assert verify(path).problems == ("line 2 is no line of an evidence log",)
+
+
+def test_of_many_problems_some_are_described_and_all_counted(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_bytes(b"\n" * 1000)
+    problems = verify(path).problems
+    assert len(problems) == 101
+    assert problems[-1] == "and 900 problems more"
+
+
+def test_the_head_of_an_empty_log_and_one_in_capitals(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.touch()
+    head = verify(path).head
+    with EvidenceLog(path) as log:
+        pass
+    assert verify(path, head).problems == ()
+    assert verify(path, log.head.upper()).problems == ()
+
+
+def test_a_mount_that_nobody_reads_on_from_has_written_down_what_was_read(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+
+    async def read_then_idle(log: EvidenceLog) -> list[tuple[Any, ...]]:
+        reader = SpanReader([layer(10, 20)[1]], evidence=log)
+        await reader.read(1, 0, 5)
+        await reader.read(1, 5, 10)
+        await trio.sleep(1.5)
+        return told(path, "layer_offset", "size")
+
+    with EvidenceLog(path) as log:
+        clock = trio.testing.MockClock(autojump_threshold=0.01)
+        assert trio.run(read_then_idle, log, clock=clock) == [(0, 15)]
 
 
 def test_a_command_says_what_it_read(tmp_path: Path, ocifs: Run) -> None:
@@ -145,6 +300,7 @@ def test_a_command_says_what_it_read(tmp_path: Path, ocifs: Run) -> None:
     assert ocifs("cat", *words, reference, "/etc/passwd").out == PASSWD
     assert ocifs("ls", *words, reference, "/").status == 0
     made = evidence_image()
+    assert lines(path)[2]["diff_id"] == made.diff_ids[0]
     assert told(path, "event", "case", "examiner", "item", "layer", "size", "verified") == [
         ("began", "7", "ml", None, None, None, None),
         ("opened", "7", "ml", None, None, None, None),
@@ -188,3 +344,29 @@ def test_a_mount_goes_on_with_the_log_until_it_ends(tmp_path: Path, driver: str)
     assert set(events[3:-1]) == {"read"}
     assert events[-1] == "closed"
     assert verify(path).problems == ()
+
+
+def test_what_is_compared_with_a_bundle_is_logged(tmp_path: Path, ocifs: Run) -> None:
+    reference, path = write_evidence(tmp_path / "image"), tmp_path / "log"
+    bundle = tmp_path / "box"
+    (bundle / "upper" / "etc").mkdir(parents=True)
+    (bundle / "upper" / "etc" / "passwd").write_bytes(PASSWD)
+    made = State(
+        format=FORMAT,
+        reference=reference,
+        options=ImageOptions(),
+        cache=str(tmp_path / "cache"),
+        manifest=evidence_image().manifest_digest,
+        layers=5,
+        driver="fuse",
+        lower=str(bundle / "lower"),
+        upper=str(bundle / "upper"),
+    )
+    save(bundle, made)
+    assert ocifs("diff-upper", "--evidence-log", str(path), str(bundle)).status == 0
+    assert told(path, "event", "layer", "size") == [
+        ("began", None, None),
+        ("opened", None, None),
+        ("read", 1, len(PASSWD)),
+        ("closed", None, None),
+    ]

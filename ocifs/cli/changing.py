@@ -27,6 +27,7 @@ from ocifs.errors import UsageError
 if TYPE_CHECKING:
     from ocifs.bundle.state import State
     from ocifs.changes import Difference, Merged
+    from ocifs.evidence import EvidenceLog
     from ocifs.image import Image
     from ocifs.rootfs import RootFS
     from ocifs.store import Store
@@ -96,13 +97,17 @@ def _opened_bundle(choice: Choice, directory: Path) -> Iterator[tuple[str, Image
     state = states.load(directory)
     if state.upper is None:
         raise UsageError(f"{directory} is read-only: nothing can have changed")
-    with Store(Path(state.cache)) as store, _same_image(state, store) as image:
+    with (
+        Store(Path(state.cache)) as store,
+        opt.opened_evidence(choice) as evidence,
+        _same_image(state, store, evidence) as image,
+    ):
         if choice.verbose:
             opt.show_warnings(image.warnings, choice)
         yield state.upper, image, view(image, SpanCache(choice.cache_bytes()))
 
 
-def _same_image(state: State, store: Store) -> Image:
+def _same_image(state: State, store: Store, evidence: EvidenceLog | None) -> Image:
     """The image of a bundle: by its reference, or by its digest if the reference leads to another one by now."""
     import msgspec
 
@@ -118,7 +123,7 @@ def _same_image(state: State, store: Store) -> Image:
         by_digest += f"#{parsed.upto}"
     for text in (state.reference, by_digest):
         with contextlib.suppress(NotFoundError), opt.new_progress() as progress, contextlib.ExitStack() as undo:
-            image = undo.enter_context(open_image(text, store, options, progress))
+            image = undo.enter_context(open_image(text, store, options, progress, evidence=evidence))
             found = image.resolved.image
             if str(found.manifest_digest or found.config_digest) == state.manifest:
                 undo.pop_all()

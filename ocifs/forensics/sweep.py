@@ -161,12 +161,13 @@ def sweep(
         for layer in layers:
             found = streams(layer.number, layer.index, wanted.of(layer.number), gaps=gaps)
             run = _Run(layer.data, begin, pool, threads + 1)
+            diff_id = str(layer.index.diff_id)
             try:
                 for swept in run.results(found):
                     if evidence is not None:
                         stream, _, error = swept
                         said = None if error is None else str(error)
-                        evidence.read(stream.layer, stream.layer_offset, stream.stored_size, said)
+                        evidence.read(stream.layer, diff_id, stream.layer_offset, stream.stored_size, said)
                     yield swept
             finally:
                 run.cancel()

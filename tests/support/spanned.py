@@ -8,6 +8,7 @@ Not here: what reads them (`ocifs.spans`), indexes of real blobs (`tests.test_la
 from __future__ import annotations
 
 import bisect
+import hashlib
 import itertools
 import threading
 from typing import TYPE_CHECKING
@@ -53,6 +54,7 @@ class FakeIndex:
         assert sum(sizes) == len(data)
         self.data = data
         self.layer_size = len(data)
+        self.diff_id = "sha256:" + hashlib.sha256(data).hexdigest()
         self.partly = True
         self.spans = FakeSpans(sizes)
         self.decoded: list[tuple[int, tuple[int, int] | None]] = []
