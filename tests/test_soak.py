@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.soak import committed, mounted, overlaid
-from tests.soak.setting import Setting
+from tests.soak.setting import Setting, started
 from tests.support.containers import needs_containers, write_image
+from tests.support.mounting import in_mountinfo, run
 from tests.support.tarball import DIR, SYMLINK, entry
 
 if TYPE_CHECKING:
@@ -97,3 +98,36 @@ def test_a_wrong_byte_is_found(setting: Setting) -> None:
 def test_the_program_names_its_parts() -> None:
     said = subprocess.run([sys.executable, SCRIPT, "--list"], capture_output=True, text=True, check=True).stdout
     assert [line.split()[0] for line in said.splitlines()] == ["mounts", "readers", "stress", "fio", "stale", "commits"]
+
+
+@needs_containers
+def test_changes_that_cannot_be_made_are_found(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(committed, "CHANGES", 40)
+    monkeypatch.setattr(committed, "started", lambda *words: started(*words[:-1], "0"))
+    with pytest.raises(AssertionError, match="seed 0: only 0 of 40 changes could be made"):
+        committed.commits(setting, "fuse")
+
+
+@needs_containers
+def test_what_a_killed_soak_left_mounted_is_taken_down(setting: Setting) -> None:
+    with setting.place("left") as place:
+        left = place / "box" / "mounted"
+        left.mkdir(parents=True)
+        assert run(["mount", "-t", "tmpfs", "none", str(left)]).returncode == 0
+        with setting.place("left"):
+            assert not in_mountinfo(left)
+            assert not left.exists()
+
+
+@needs_containers
+def test_a_stressor_that_hangs_is_said_and_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the processes that it started, which hold a lock as long as there are any."""
+    program, lock = tmp_path / "stress-ng", tmp_path / "lock"
+    program.write_text(f"#!/bin/sh\nexec 9> {lock}\nflock 9\nsleep 1234 &\nwait\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(overlaid, "PATIENCE", 1)
+    assert overlaid.stressed(tmp_path, "dir", 0) == "did not end within 1 s"
+    assert lock.exists()
+    assert run(["flock", "--timeout", "20", str(lock), "true"]).returncode == 0
+    assert not (tmp_path / "soak-dir").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +72,7 @@ def round_trip(setting: Setting, driver: str, reference: str, seed: int, changes
             with started("change", str(box / "rootfs"), str(seed), str(changes)) as churn:
                 made, _ = churn.communicate(timeout=600)
             assert made.strip().isdecimal(), "what changes the tree has failed"
+            assert int(made) > changes / 2, f"seed {seed}: only {made.strip()} of {changes} changes could be made"
             done = ocifs("unbundle", box)
             assert done.returncode == 0, done.stderr
         # Mounted afresh: over FUSE an overlay remembers of files that it copied up by which name it first knew them.
@@ -80,9 +82,11 @@ def round_trip(setting: Setting, driver: str, reference: str, seed: int, changes
 
 
 def commit(setting: Setting, driver: str, box: Path, target: Path, which: str) -> None:
-    """Commit a bundle; what the new image shows, and umoci makes of it, must be what the bundle shows."""
-    done = ocifs("commit", "--cache-dir", setting.cache, box, f"oci:{target}/image:new", limit=600)
-    assert done.returncode == 0, done.stderr
+    """Commit a bundle, twice the same; what the new image shows, and umoci makes of it, must be what the bundle shows."""
+    for tag in ("new", "again"):
+        done = ocifs("commit", "--cache-dir", setting.cache, box, f"oci:{target}/image:{tag}", limit=600)
+        assert done.returncode == 0, done.stderr
+    assert _added(target / "image", 0) == _added(target / "image", 1), f"{which}: two commits made two layers"
     words = ("--all-xattrs", "-o", "dev,suid")
     with mounted(f"oci:{target}/image:new", target / "mnt", *words, driver=driver, cache=setting.cache):
         differences = compared(target / "mnt", box / "rootfs")
@@ -91,6 +95,13 @@ def commit(setting: Setting, driver: str, box: Path, target: Path, which: str) -
     assert done.returncode == 0, done.stderr
     differences = compared(target / "unpacked/rootfs", box / "rootfs")
     assert not differences, f"{which}: what umoci makes of it differs from the bundle: {differences[:5]}"
+
+
+def _added(image: Path, number: int) -> str:
+    """The digest of the uppermost layer of an image in a layout."""
+    index = json.loads((image / "index.json").read_bytes())
+    manifest = json.loads(layout.blob_path(image, index["manifests"][number]["digest"]).read_bytes())
+    return str(manifest["layers"][-1]["digest"])
 
 
 def commits(setting: Setting, driver: str) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tests.support.containers import bundled
+from tests.support.containers import bundled, mounted_in
 from tests.support.mounting import PYTHON, ROOT, environment, in_mountinfo, run
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ class Setting:
     def place(self, name: str) -> Iterator[Path]:
         """A new empty directory for the length of the block."""
         path = self.work / name
+        _end_mounts(path)  # of a soak that was killed
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir(parents=True)
         try:
@@ -96,6 +97,13 @@ class Setting:
             finally:
                 if in_mountinfo(merged):
                     run(["umount", "--lazy", str(merged)])
+
+
+def _end_mounts(path: Path) -> None:
+    """Take down whatever is mounted below a directory. A daemon whose mount is gone ends."""
+    for name in reversed(mounted_in(path)):
+        run(["umount", "--lazy", "--no-canonicalize", str(path / name)])
+    assert mounted_in(path) == []
 
 
 @contextmanager
