@@ -13,6 +13,9 @@ Joins what makes views (`ocifs.forensics.workshop`) with what serves them (`ocif
 Trees are opened when they are first entered, reports made when somebody wants to know their size. What cannot be made is
 EIO and a line in the log, and is tried again by whoever comes next.
 
+Trees of the image keep its modes, and so do deleted files. The other views know no modes, so they are for who mounted alone,
+whoever else may use the mount.
+
 There are views of whole images (and of their first layers) only: not of a layer that is shown alone, nor of artifacts.
 
 Not here: mount options and life cycle (`ocifs.mount`), values of attributes (`ocifs.forensics.attributes`).
@@ -144,8 +147,8 @@ def _views(
     slack: dict[bytes, Joined] = {}
     tars: dict[bytes, Document] = {}
 
-    def tree(what: str, layer: int = 0) -> Joined:
-        return Joined(partial(maker.tree, Wanted(what, layer), spans))
+    def tree(what: str, layer: int = 0, *, private: bool = False) -> Joined:
+        return Joined(partial(maker.tree, Wanted(what, layer), spans), private=private)
 
     for layer in image.layers:
         digest = layer.blob.digest or layer.index.digest
@@ -164,16 +167,19 @@ def _views(
     return Folder(
         {
             b"deleted": tree("deleted"),
-            b"history": tree("history"),
+            b"history": tree("history", private=True),
             b"layers": Folder(layers),
             b"raw": Folder(
                 {
                     b"blobs": Folder({name: Folder(children) for name, children in stored.items()}),
                     b"tars": Folder(tars),
-                }
+                },
+                private=True,
             ),
-            b"reports": Folder({name.encode(): Document(partial(maker.report, name)) for name in reports}),
-            b"slack": Folder(slack),
+            b"reports": Folder(
+                {name.encode(): Document(partial(maker.report, name)) for name in reports}, private=True
+            ),
+            b"slack": Folder(slack, private=True),
             b"upto": Folder(upto),
         }
     )

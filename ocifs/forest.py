@@ -21,6 +21,7 @@ Concurrency: as `ocifs.fuse`, one event loop.
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final, Generic, Protocol, TypeVar
 
@@ -122,19 +123,27 @@ class Document:
 class Joined:
     """A directory whose content is another tree, opened when it is entered."""
 
-    def __init__(self, open_: Callable[[], Awaitable[RootFS]]) -> None:
+    def __init__(self, open_: Callable[[], Awaitable[RootFS]], *, private: bool = False) -> None:
         self.tree = Once(open_)
+        self.private = private
+        """Whether only who mounted gets in."""
 
 
 class Folder:
     """A directory of a view, whose names are known from the beginning."""
 
-    def __init__(self, children: Mapping[bytes, Folder | Document | Joined]) -> None:
+    def __init__(self, children: Mapping[bytes, Folder | Document | Joined], *, private: bool = False) -> None:
         self.children = children
+        self.private = private
+        """As in `Joined`."""
 
 
 class Values:
-    """The tree that is made of values, as `Served`. Files are 0444, directories 0555, all are root's and of time 0."""
+    """The tree that is made of values, as `Served`.
+
+    Files are 0444, directories 0555, all are root's and of time 0. What shows more than the image's own modes let others see
+    (and a mount may be for others, too) is in a directory that is private: 0500, and its owner is who mounted.
+    """
 
     def __init__(self, root: Folder) -> None:
         self._nodes: list[Folder | Document | Joined] = [root]
@@ -163,7 +172,10 @@ class Values:
         node = self.node(nid)
         if isinstance(node, Document):
             return Inode(nid, Kind.FILE, 0o100444, 1, 0, 0, node.size or 0, 0, (0, 0))
-        return Inode(nid, Kind.DIR, 0o040555, 1, 0, 0, 0, 0, (0, 0))  # one link: nobody has counted
+        # One link: nobody has counted.
+        if node.private:
+            return Inode(nid, Kind.DIR, 0o040500, 1, os.geteuid(), os.getegid(), 0, 0, (0, 0))
+        return Inode(nid, Kind.DIR, 0o040555, 1, 0, 0, 0, 0, (0, 0))
 
     def lookup(self, directory: int, name: bytes) -> int | None:
         """See `Served`."""

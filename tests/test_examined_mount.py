@@ -80,6 +80,9 @@ def test_the_views_are_in_no_listing_but_there(seen: Seen) -> None:
         *("deleted", "history", "layers", "raw", "reports", "slack", "upto")
     ]
     assert seen.shell('stat -c "%A %u %g %Y" "$M/.ocifs"') == "dr-xr-xr-x 0 0 0\n"
+    assert seen.shell('cd "$M/.ocifs"; stat -c "%a %n" *; cd /').splitlines() == [
+        *("555 deleted", "500 history", "555 layers", "500 raw", "500 reports", "500 slack", "555 upto")
+    ]
 
 
 def test_a_layer_alone(seen: Seen) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Awaitable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -86,6 +87,7 @@ class World:
                 b"broken": Document(broken),
                 b"raw": Document(known, size=3),
                 b"more": Folder({b"tree": Joined(opened)}),
+                b"own": Folder({b"tree": Joined(opened, private=True)}, private=True),
             }
         )
         self.forest = Forest(image, views, Colours(), visible=visible)
@@ -154,7 +156,7 @@ def test_the_root_lists_the_views_only_if_they_are_visible(
     assert (views.st_ino, oct(views.st_mode), views.st_uid, views.st_mtime_ns) == (1 << 40 | 1, "0o40555", 0, 0)
     assert found.get(b".ocifs", (views.st_ino,))[0] == views.st_ino
     assert world.listed(views.st_ino, monkeypatch, room=room).keys() == {
-        *(b".", b"..", b"report", b"broken", b"raw", b"more")
+        *(b".", b"..", b"report", b"broken", b"raw", b"more", b"own")
     }
     assert world.made == []
 
@@ -179,6 +181,13 @@ def test_a_tree_is_opened_when_it_is_entered_and_once(world: World, monkeypatch:
     handle = answer(world.forest.open(inner.st_ino, 0, CTX)).fh
     assert bytes(answer(world.forest.read(handle, 0, 100))) == LAYER[1024:1031]
     assert world.made == ["tree"]
+
+
+def test_what_is_private_is_for_who_mounted(world: World) -> None:
+    for names in ((b"own",), (b"own", b"tree")):
+        there = world.find(b".ocifs", *names)
+        assert (oct(there.st_mode), there.st_uid, there.st_gid) == ("0o40500", os.geteuid(), os.getegid())
+    assert oct(world.find(b".ocifs", b"more").st_mode) == "0o40555"
 
 
 def test_a_report_is_made_when_its_size_is_asked_for(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
