@@ -9,6 +9,7 @@ import json
 import os
 import re
 import signal
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,9 +18,10 @@ import pytest
 from ocifs.store import Kind, Store
 from tests.support.command import runner
 from tests.support.damage import flip
-from tests.support.evidence_image import SECRET, STEPS, TOOL, TROJAN, evidence_image
+from tests.support.evidence_image import SECRET, STEPS, TOOL, TROJAN, evidence_image, write_evidence
 from tests.support.layout import Image, blob_path, put_image
 from tests.support.mounting import Mount, Process, mounted, ocifs, run
+from tests.support.ordinary_user import ordinary_user
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -280,6 +282,23 @@ def test_trees_are_made_when_they_are_entered_and_nothing_is_left_of_a_mount(tmp
     assert [line["digest"] for line in lines if line["event"] == "blob"] == [image.config_digest]
     assert lines[-1]["event"] == "closed"
     assert (os.listdir(cache / "tmp"), os.listdir(cache / "locks")) == ([], [])
+
+
+def test_an_ordinary_user_sees_what_the_images_modes_let_them_and_all_versions(tmp_path: Path) -> None:
+    with ordinary_user() as user:
+        write_evidence(user.home / "image")
+        script = """
+            cd "$1" && mkdir mnt && "$2" -m ocifs mount --examine oci:image mnt && cd mnt/.ocifs || exit
+            cat deleted/tmp/build.log slack/03/* && cat deleted/etc/nothing upto/02/root/.ssh/id_rsa
+            wc -c raw/tars/05.tar && ls reports | wc -l && ls -ld history && ls history/root/.ssh/id_rsa
+            cd "$1" && "$2" -m ocifs umount mnt
+        """
+        done = run([*user.words, "sh", "-c", script, "sh", str(user.home), sys.executable], cwd=tmp_path)
+    lines = done.stdout.splitlines()
+    assert (done.returncode, lines[:4]) == (0, ["built", "first", "9216 raw/tars/05.tar", "12"])
+    assert lines[4].split()[:4] == ["dr-x------", "1", "tess", "tess"]
+    assert lines[5:] == ["L02-added", "L04-deleted"]
+    assert "root/.ssh/id_rsa: Permission denied" in done.stderr
 
 
 def test_whoever_makes_views_dies_with_a_daemon_that_is_killed(tmp_path: Path) -> None:
