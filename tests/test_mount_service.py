@@ -16,7 +16,7 @@ import signal
 import socket
 import subprocess
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -190,6 +190,26 @@ def test_stat_mount_shows_what_a_daemon_has_done(place: Path, tmp_path: Path, dr
         shown = ocifs("stat-mount", place).stdout
         assert "decoded spans:      2\n" in shown
         assert f"pid:                {mount.pid}\n" in shown
+
+
+def test_ps_shows_statistics_of_those_that_answer(place: Path, tmp_path: Path, driver: str) -> None:
+    with mounted(str(SAMPLE), place, driver=driver, cache=tmp_path / "cache", ended=True) as mount:
+        assert agent("read", mount.at("etc/motd"), 0, 100) == MOTD.hex()
+        table = ocifs("ps", "--statistics").stdout.splitlines()
+        assert table[0].split() == ["MOUNT", "POINT", "STATE", "REQUESTS", "READ", "DECODED", "SPANS", "HITS", "ERRORS"]
+        (line,) = [line.split() for line in table if line.startswith(f"{place} ")]
+        assert (line[1], line[-3], line[-1]) == ("live", "1", "0")
+        assert json_of(place)["statistics"]["decoded_spans"] == 1
+        mount.process.signal(signal.SIGKILL)
+        assert mount.process.gone()
+        table = ocifs("ps", "--statistics").stdout.splitlines()
+        assert [line.split() for line in table if line.startswith(f"{place} ")] == [[str(place), "dead"]]
+        assert json_of(place)["statistics"] is None
+
+
+def json_of(place: Path) -> Any:
+    lines = map(json.loads, ocifs("ps", "-s", "--json").stdout.splitlines())
+    return next(one for one in lines if one["mountpoint"] == str(place))
 
 
 def test_sigusr1_logs_statistics_and_harms_nothing(place: Path, tmp_path: Path, driver: str) -> None:

@@ -25,6 +25,15 @@ if TYPE_CHECKING:
     from ocifs.examined import Examined
     from ocifs.image import Image, ImageOptions
 
+_COLUMNS: Final = {
+    "requests": "REQUESTS",
+    "read_bytes": "READ",
+    "decoded_bytes": "DECODED",
+    "decoded_spans": "SPANS",
+    "span_hits": "HITS",
+    "errors": "ERRORS",
+}
+"""What of statistics a line has room for. Spans are verified when they are decoded."""
 _DRIVERS: Final = ("auto", "erofs", "fuse")
 
 
@@ -151,10 +160,11 @@ def umount(choice: Choice, directories: tuple[str, ...], *, lazy: bool, dead: bo
     opt.for_each(directories, end)
 
 
-@click.command(epilog=opt.examples("ocifs ps", "ocifs ps --json | jq -r .mountpoint"))
+@click.command(epilog=opt.examples("ocifs ps", "ocifs ps --statistics", "ocifs ps --json | jq -r .mountpoint"))
+@click.option("-s", "--statistics", is_flag=True, help="Ask each daemon what it has done so far.")
 @opt.json_lines_option
 @opt.plain_options
-def ps(choice: Choice, *, as_json: bool) -> None:  # noqa: ARG001 (-v has done what it does)
+def ps(choice: Choice, *, statistics: bool, as_json: bool) -> None:  # noqa: ARG001 (-v has done what it does)
     """List what is mounted by this user, oldest first.
 
     STATE is live; detached: unmounted lazily, or to be seen in another mount namespace only, and served on for whoever
@@ -165,7 +175,10 @@ def ps(choice: Choice, *, as_json: bool) -> None:  # noqa: ARG001 (-v has done w
     listed = daemon.records()
     if as_json:
         for one in listed:
-            output.print_json({**msgspec.structs.asdict(one.record), "state": one.state.value})
+            asked = {"statistics": daemon.statistics_of(one)} if statistics else {}
+            output.print_json({**msgspec.structs.asdict(one.record), "state": one.state.value, **asked})
+    elif statistics:
+        _print_statistics(listed)
     else:
         _print_listed(listed)
 
@@ -187,6 +200,22 @@ def _print_listed(listed: Sequence[Listed]) -> None:
         ],
         right=(3, 4),
     )
+
+
+def _print_statistics(listed: Sequence[Listed]) -> None:
+    """What each has done; nothing of those that do not answer."""
+    from ocifs import daemon
+
+    rows = []
+    for one in listed:
+        done = daemon.statistics_of(one) or {}
+        told = [
+            "" if value is None else output.human_size(value) if name.endswith("bytes") else str(value)
+            for name, value in ((name, done.get(name)) for name in _COLUMNS)
+        ]
+        rows.append((one.record.mountpoint, one.state.value, *told))
+    header = ("MOUNT POINT", "STATE", *_COLUMNS.values())
+    output.print_table(header, rows, right=range(2, len(header)))
 
 
 @click.command("stat-mount", epilog=opt.examples("ocifs stat-mount /mnt", "ocifs stat-mount --json /mnt | jq .errors"))

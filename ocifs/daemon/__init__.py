@@ -25,6 +25,7 @@ How a mount ends
 from ocifs.daemon.mountpoints import check_machine, clean_up, end, prepare_mountpoint, statistics_at, unmount, users_of
 from ocifs.daemon.records import FS_TYPES, Claim, Listed, Record, State, records, runtime_dir
 from ocifs.daemon.running import now_ns, private_place, run_background, run_foreground
+from ocifs.daemon.statistics import statistics_of
 
 __all__ = [
     "FS_TYPES",
@@ -43,6 +44,7 @@ __all__ = [
     "run_foreground",
     "runtime_dir",
     "statistics_at",
+    "statistics_of",
     "unmount",
     "users_of",
 ]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import msgspec
 
-from ocifs.daemon.records import told_plainly
+from ocifs.daemon.records import Listed, State, socket_of, told_plainly
 from ocifs.driver import Statistics
 from ocifs.errors import MachineError
 
@@ -61,3 +61,13 @@ def ask(path: Path) -> Statistics:
         return msgspec.json.decode(answer, type=Statistics)
     except (OSError, msgspec.MsgspecError) as error:
         raise MachineError(f"the daemon does not answer at {path}: {error}") from error
+
+
+def statistics_of(listed: Listed) -> Statistics | None:
+    """What the daemon of a mount has done so far; None if it is dead or does not answer."""
+    if listed.state is State.DEAD:
+        return None
+    try:
+        return ask(socket_of(listed.record.log))
+    except MachineError:
+        return None
