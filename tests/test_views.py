@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import io
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import event, given, settings
 
 from ocifs.forensics.views import deleted, history, number, open_view, slack_of
+from ocifs.history import Change, End, History
+from ocifs.history.file import write
+from ocifs.history.recorder import Recorder
+from ocifs.overlay import LayerInput, Merge, MergeOptions
 from ocifs.rootfs import RootFS
 from ocifs.store import Kind as Stored
 from ocifs.store import Store
 from ocifs.tree import Kind, Node, Origin
+from tests.support.drawn_layers import LAYERS, Drawn, numbered
 from tests.support.evidence_image import LATE, SECRET, TOOL, TROJAN, layer_tars
 from tests.support.examined import examined
 from tests.support.merging import content, nodes
@@ -19,6 +27,7 @@ from tests.support.tarball import CHAR, HARDLINK, SYMLINK, entry, tarball
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from ocifs.history import Version
     from ocifs.tree import Tree
 
 
@@ -206,6 +215,68 @@ def test_more_overridden_entries_than_one_and_what_was_below_one(tmp_path: Path)
     }
     assert dict(nodes(tree.root))[b"n/L01-added"].xattrs == ((b"user.a", b"1"),)
     assert dict(nodes(everything.root))[b"n/L01-added"].xattrs == ((b"trusted.b", b"2"), (b"user.a", b"1"))
+
+
+class Memory:
+    """A history's file in memory."""
+
+    name = "a history"
+
+    def __init__(self, data: bytes) -> None:
+        self.size = len(data)
+        self._data = data
+
+    def read_at(self, offset: int, size: int) -> bytes:
+        return self._data[offset : offset + size]
+
+    def close(self) -> None:
+        pass
+
+
+def of_versions(layers: int, versions: list[Version]) -> Any:
+    """What views use of an examination."""
+    out = io.BytesIO()
+    write(list(versions), out, key="")
+    return SimpleNamespace(
+        history=History(Memory(out.getvalue())),
+        layers=[SimpleNamespace(number=at) for at in range(1, layers + 1)],
+    )
+
+
+@settings(max_examples=200, deadline=None)
+@given(LAYERS)
+def test_nothing_gets_lost(drawn: list[list[Drawn]]) -> None:
+    layers = [numbered(layer) for layer in drawn]
+    recorder = Recorder()
+    merging = Merge(MergeOptions(examine=True), recorder)
+    for at, layer in enumerate(layers, 1):
+        recorder.begin(layer)
+        merging.apply(LayerInput(at, layer))
+    versions = recorder.finish()
+    examination = of_versions(len(layers), versions)
+
+    there = dict(nodes(deleted(examination).root))
+    latest: dict[bytes, Version] = {}
+    for version in versions:
+        if version.change in (Change.ADDED, Change.CHANGED) and version.end in (End.WHITEOUT, End.OPAQUE, End.REPLACED):
+            event(version.end.name)
+            if version.kind != Kind.DIR:
+                found = there[b"L%02d/" % version.end_layer + version.path]
+                assert (found.origin, found.kind) == (Origin(version.layer, version.entry), version.kind)
+                latest[version.path] = max(latest.get(version.path, version), version, key=lambda one: one.end_layer)
+    of_latest = {
+        node.origin: path for path, node in there.items() if node.kind is not Kind.DIR and not path.startswith(b"L0")
+    }
+    for path, version in latest.items():
+        if not any(one.path == path and one.kind == Kind.DIR and one.end_layer > version.end_layer for one in versions):
+            assert of_latest[Origin(version.layer, version.entry)].startswith(path)
+
+    everything = dict(nodes(history(examination).root))
+    for version in versions:
+        if version.change in (Change.ADDED, Change.CHANGED):
+            how = b"added" if version.change is Change.ADDED else b"changed"
+            found = everything[version.path + b"/" * bool(version.path) + b"L%02d-" % version.layer + how]
+            assert (found.origin, found.kind) == (Origin(version.layer, version.entry), version.kind)
 
 
 def test_numbers_of_layers_sort() -> None:
