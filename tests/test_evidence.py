@@ -332,6 +332,34 @@ def test_commands_that_read_no_data_and_blobs_are_logged_too(tmp_path: Path, oci
     assert verify(path).problems == ()
 
 
+def test_a_blob_is_logged_before_its_first_byte_is_written(
+    tmp_path: Path, ocifs: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference, path = write_evidence(tmp_path / "image"), tmp_path / "log"
+    assert ocifs("blob", "--evidence-log", str(path), reference, "2").status == 0
+    digest = evidence_image().layer_digests[1]
+    blobs = [line for line in told(path, "event", "layer", "digest", "verified") if line[0] == "blob"]
+    assert blobs == [("blob", 2, digest, None), ("blob", 2, digest, True)]
+
+    def gone(_: bytes) -> None:
+        raise MachineError("nobody reads on")
+
+    path.unlink()
+    monkeypatch.setattr("ocifs.cli.output.write", gone)
+    ocifs("blob", "--evidence-log", str(path), reference, "2")
+    assert [event for (event,) in told(path, "event")] == ["began", "opened", "blob", "closed"]
+
+
+def test_a_document_that_is_not_what_its_digest_says_is_not_called_verified(tmp_path: Path, ocifs: Run) -> None:
+    reference, path = write_evidence(tmp_path / "image"), tmp_path / "log"
+    blob = tmp_path / "image" / "blobs" / evidence_image().config_digest.replace(":", "/")
+    words = ("blob", "--examine", "--evidence-log", str(path), reference, "config")
+    assert ocifs(*words).status == 0
+    blob.write_bytes(blob.read_bytes() + b" ")
+    assert ocifs(*words).status == 0
+    assert [verified for event, verified in told(path, "event", "verified") if event == "blob"] == [True, False]
+
+
 def test_a_mount_goes_on_with_the_log_until_it_ends(tmp_path: Path, driver: str) -> None:
     reference, path = write_evidence(tmp_path / "image"), tmp_path / "log"
     words = ("--evidence-log", str(path), "--item", "image 1")

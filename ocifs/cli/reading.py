@@ -20,6 +20,7 @@ from ocifs.tree import Kind
 if TYPE_CHECKING:
     from ocifs.rootfs import RootFS
     from ocifs.sources import LayerBlob, ResolvedImage
+    from ocifs.spec import Digest
 
 
 class NotAFileError(OcifsError):
@@ -101,12 +102,17 @@ def blob(choice: Choice, ref: str, which: str) -> None:
         document = _document(image, which)
         if document is not None:
             if evidence is not None:
-                evidence.append("blob", which=which, size=len(document), verified=True)
+                digest = image.config_digest if document is image.config_raw else image.manifest_digest
+                right = digest is not None and digest.matches(document)
+                evidence.append("blob", which=which, digest=_text(digest), size=len(document), verified=right)
             output.write(document)
             return
         layer = _layer(image, which)
         stored = layer.open_stored()
+        told = {"which": which, "layer": layer.number, "digest": _text(layer.digest), "size": stored.size}
         try:
+            if evidence is not None:  # before the first byte: who reads may have enough long before the last
+                evidence.append("blob", **told, verified=None)
             hasher = layer.digest.hasher() if layer.digest else None
             for data in stored_pieces(stored):
                 if hasher:
@@ -116,12 +122,16 @@ def blob(choice: Choice, ref: str, which: str) -> None:
             stored.close()
         right = hasher is not None and layer.digest is not None and hasher.hexdigest() == layer.digest.hex
         if evidence is not None:
-            evidence.append("blob", which=which, layer=layer.number, digest=str(layer.digest), verified=right)
+            evidence.append("blob", **told, verified=right)
         if hasher and not right:
             message = f"{layer.digest}: the bytes of layer {layer.number} have another digest, {hasher.hexdigest()}"
             if not choice.examine:
                 raise DamagedError(message)
             output.complain(f"warning: {message} (rule C4)")
+
+
+def _text(digest: Digest | None) -> str | None:
+    return None if digest is None else str(digest)
 
 
 def _document(image: ResolvedImage, which: str) -> bytes | None:
