@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from ocifs.forensics.slack import Region, RegionKind, regions
+from ocifs.tar import TarScanner
 from tests.support.evidence_image import layer_tars
 from tests.support.examined import examined
 from tests.support.tarball import (
@@ -25,6 +27,8 @@ from tests.support.tarball import (
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from ocifs.tar import Entry, TarSummary
 
 
 def found(tmp_path: Path, *layers: bytes) -> list[Region]:
@@ -99,6 +103,63 @@ def test_what_lies_behind_extension_headers_and_maps(tmp_path: Path) -> None:
         ("header-padding", b"MAP\n"),
         ("header-padding", b"OLD!"),
     ]
+
+
+class Bytes:
+    """A layer's bytes as spans are read."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+
+    def read_blocking(self, layer: int, offset: int, size: int) -> list[bytes]:
+        assert layer == 1
+        return [self._data[offset : offset + size]]
+
+
+def test_whatever_is_written_where_there_was_nothing_is_an_entrys_or_reported() -> None:
+    layer = tarball(
+        entry("pax", b"data", mtime=1.5),
+        *(entry(magic, b"data", magic=magic, uname="ada") for magic in ("ustar", "star", "v7", "gnu")),
+        gnu_long("n" * 101) + entry("long", b"data", magic="gnu"),
+        sparse_pax_1_0("sparse", [(0, b"data")], 10),
+        sparse_gnu("old", [(at, b"x") for at in range(0, 10, 2)], 10),
+        end=4,
+    )
+
+    def scanned(data: bytes) -> tuple[list[Entry], TarSummary]:
+        scanner = TarScanner()
+        return scanner.feed(data), scanner.finish()
+
+    before, _ = scanned(layer)
+    found = 0
+    # Not where a text of a header ends or could begin: those of an extension header count as seen, though nobody shows them.
+    fields = (265, 297, 345)
+    zeros = [at for at in range(len(layer)) if layer[at - 1 : at + 1] == b"\0\0" and at % 512 not in fields]
+    for at in range(0, len(zeros), 7):
+        changed = bytearray(layer)
+        changed[zeros[at]] = ord("A")
+        start = zeros[at] - zeros[at] % 512
+        if layer[start + 257 : start + 262] == b"ustar" or layer[start : start + 3] == b"v7\0":
+            changed[start + 148 : start + 156] = b" " * 8
+            changed[start + 148 : start + 156] = b"%06o\0 " % sum(changed[start : start + 512])
+        entries, summary = scanned(bytes(changed))
+        if entries != before or summary.damage is not None:
+            continue
+        index = SimpleNamespace(
+            entries=lambda entries=entries: iter(entries),
+            layer_size=len(layer),
+            end_offset=summary.end_offset,
+            damage=None,
+            trailing=summary.trailing,
+        )
+        examination: Any = SimpleNamespace(
+            history=(), spans=Bytes(bytes(changed)), layer=lambda _, index=index: SimpleNamespace(index=index)
+        )
+        reported = list(regions(examination, 1))
+        assert len(reported) == 1, zeros[at]
+        assert reported[0].layer_offset <= zeros[at] < reported[0].layer_offset + reported[0].size
+        found += 1
+    assert found > len(zeros) // 7 * 0.9
 
 
 def test_ordinary_archives_of_all_dialects_have_none(tmp_path: Path) -> None:

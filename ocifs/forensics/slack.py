@@ -255,8 +255,10 @@ class _Tar:
         """Give what is not zero in the map of a sparse file, which lies between its header and its data."""
         kind, note = RegionKind.HEADER_PADDING, "behind a sparse map"
         if entry.typeflag == ord("S"):
-            for block in range(at, entry.data_offset, BLOCK_SIZE):
-                yield from _not_zero(self.read(block + 505, 7), kind, block + 505, note, entry.path)
+            for offset in range(at, entry.data_offset, BLOCK_SIZE):
+                block = self.read(offset, BLOCK_SIZE)
+                for start, stop in (_behind_pairs(block, 0, 504), (505, 512)):
+                    yield from _not_zero(block[start:stop], kind, offset + start, note, entry.path)
             return
         text = self.read(at, entry.data_offset - at)  # bounded by `ocifs.tar.EXTENSION_LIMIT`
         count, _, _ = text.partition(b"\n")
@@ -285,7 +287,7 @@ def _unused(block: bytes) -> Iterator[tuple[int, int, str]]:
         _behind_text(block, 157, 257) if block[156] in _LINKS else (157, 257, "a link's target where there is no link")
     )
     magic = block[257:263]
-    if magic not in (b"ustar\0", b"ustar "):
+    if magic != b"ustar\0" and block[257:265] != b"ustar  \0":
         yield 257, 512, _BEHIND_FIELDS
         return
     yield _behind_text(block, 265, 297)
@@ -302,12 +304,19 @@ def _unused(block: bytes) -> Iterator[tuple[int, int, str]]:
     elif _NUMERIC.issuperset(block[345:369]) or block[345] & 0x80 or block[357] & 0x80:
         # GNU: two times, an offset and names for several volumes, then the map of a sparse file.
         yield 369, 386, _BEHIND_FIELDS
-        if block[156] != ord("S"):
+        if block[156] == ord("S"):
+            yield *_behind_pairs(block, 386, 482), "behind a sparse map"
+        else:
             yield 386, 495, _BEHIND_FIELDS
         yield 495, 512, _BEHIND_FIELDS
     else:
         yield _behind_text(block, 345, 500)
         yield 500, 512, _BEHIND_FIELDS
+
+
+def _behind_pairs(block: bytes, first: int, last: int) -> tuple[int, int]:
+    """Give what is behind the end of a map of GNU's old sparse files: pairs of 12 bytes each, up to one that is empty."""
+    return next((at for at in range(first, last, 24) if not block[at]), last), last
 
 
 def _behind_text(block: bytes, first: int, last: int) -> tuple[int, int, str]:
