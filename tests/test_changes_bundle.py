@@ -113,6 +113,21 @@ def test_a_bundle_that_was_renamed_is_read_where_it_is_now(tmp_path: Path) -> No
         assert ocifs("diff-upper", box).stdout == "C /\nA /two\n"
 
 
+def test_a_bundle_is_read_whatever_its_tag_leads_to_now(tmp_path: Path) -> None:
+    """Here to an image that cannot be opened."""
+    image, box = write_image(tmp_path / "image"), tmp_path / "box"
+    with bundled(f"{image}:latest", box):
+        assert in_container(box, "echo one > /one")[0] == 0
+        assert ocifs("unbundle", box).returncode == 0
+        put_image(tmp_path / "image", make_image([b"no tar, and longer than a block" * 50]))
+        index = json.loads((tmp_path / "image/index.json").read_bytes())
+        del index["manifests"][0]["annotations"]
+        (tmp_path / "image/index.json").write_text(json.dumps(index))
+        assert ocifs("ls", f"{image}:latest").returncode == 4
+        done = ocifs("diff-upper", box)
+        assert (done.returncode, done.stderr, done.stdout) == (0, "", "C /\nA /one\n")
+
+
 def test_a_bundle_whose_image_is_gone_says_so(tmp_path: Path) -> None:
     image, box = write_image(tmp_path / "image"), tmp_path / "box"
     with bundled(image, box):

@@ -108,11 +108,14 @@ def _opened_bundle(choice: Choice, directory: Path) -> Iterator[tuple[str, Image
 
 
 def _same_image(state: State, store: Store, evidence: EvidenceLog | None) -> Image:
-    """The image of a bundle: by its reference, or by its digest if the reference leads to another one by now."""
+    """The image of a bundle: by its digest, or by its reference where no digest can be asked for.
+
+    The reference may lead to another image by now, which would be indexed for nothing, or cannot be opened.
+    """
     import msgspec
 
     from ocifs import reference
-    from ocifs.errors import NotFoundError
+    from ocifs.errors import NotFoundError, OcifsError
     from ocifs.image import open_image
 
     # Mount points that the bundle's tree shows are of no layer, and a new layer is laid over layers.
@@ -121,8 +124,8 @@ def _same_image(state: State, store: Store, evidence: EvidenceLog | None) -> Ima
     by_digest = f"{os.fsdecode(parsed.path)}@{state.manifest}" if parsed.path else state.reference
     if parsed.upto is not None:
         by_digest += f"#{parsed.upto}"
-    for text in (state.reference, by_digest):
-        with contextlib.suppress(NotFoundError), opt.new_progress() as progress, contextlib.ExitStack() as undo:
+    for text, passed_over in ((by_digest, OcifsError), (state.reference, NotFoundError)):
+        with contextlib.suppress(passed_over), opt.new_progress() as progress, contextlib.ExitStack() as undo:
             image = undo.enter_context(open_image(text, store, options, progress, evidence=evidence))
             found = image.resolved.image
             if str(found.manifest_digest or found.config_digest) == state.manifest:
