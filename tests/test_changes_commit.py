@@ -193,6 +193,9 @@ CONFIG = {"Env": ["PATH=/bin", "A=1"], "Cmd": ["old"], "Entrypoint": ["/e"], "Wo
         (["USER 1000:100"], {"User": "1000:100"}),
         (["WORKDIR /opt"], {"WorkingDir": "/opt"}),
         (["WORKDIR sub"], {"WorkingDir": "/srv/sub"}),
+        (["WORKDIR ../a//b/"], {"WorkingDir": "/a/b"}),
+        (["WORKDIR /../.."], {"WorkingDir": "/"}),
+        (["WORKDIR //a"], {"WorkingDir": "/a"}),
     ],
 )
 def test_changes_of_the_configuration(
@@ -213,6 +216,8 @@ def test_changes_of_the_configuration(
         ("", "only CMD"),
         ('CMD ["a", 1]', "is not a JSON list of strings"),
         ("ENV", "is not of the form NAME=VALUE"),
+        ("ENV A", "is not of the form NAME=VALUE"),
+        ("LABEL a", "is not of the form NAME=VALUE"),
         ("ENV =x", "is not of the form NAME=VALUE"),
         ("ENV A='x", "No closing quotation"),
         ("USER", "has no value"),

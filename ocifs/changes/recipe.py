@@ -108,7 +108,7 @@ def _command(text: str, rest: str) -> tuple[str, ...]:
 def _pairs(text: str, rest: str) -> tuple[str, ...]:
     """``K=V K2="a b"``, or the older ``K a b``."""
     name, _, value = rest.partition(" ")
-    if name and "=" not in name:
+    if value and "=" not in name:
         return (name, value.strip())
     try:
         words = [word.partition("=") for word in shlex.split(rest)]
@@ -179,7 +179,8 @@ def _changed(runtime: Json, changes: Sequence[Change]) -> Json:
             case Instruction.USER:
                 changed["User"] = change.words[0]
             case Instruction.WORKDIR:
-                changed["WorkingDir"] = posixpath.join(changed.get("WorkingDir") or "/", change.words[0])
+                below = posixpath.join("/", changed.get("WorkingDir") or "/", change.words[0])
+                changed["WorkingDir"] = "/" + posixpath.normpath(below).lstrip("/")
     return changed
 
 
