@@ -29,6 +29,7 @@ Not here: what events there are (`ocifs.forensics.timeline`).
 
 from __future__ import annotations
 
+import re
 import stat
 from typing import TYPE_CHECKING, Final
 
@@ -86,22 +87,27 @@ def line(event: Event, made_ns: int | None, label: str, *, extended: bool) -> by
 
 def escaped(name: bytes, *, extended: bool) -> str:
     """Write a name as a field; see the module."""
-    text = []
-    for character in name.decode("utf-8", "surrogateescape"):
-        code = ord(character)
-        if 0xDC80 <= code <= 0xDCFF:  # noqa: PLR2004 (surrogateescape: byte 0xNN as U+DCNN)
-            text.append(f"\\x{code - 0xDC00:02x}" if extended else f"%{code - 0xDC00:02X}")
-        elif code < 0x20 or 0x7F <= code < 0xA0:  # noqa: PLR2004 (control characters, C0 and C1)
-            text.append(f"\\x{code:02x}")
-        elif character == "\\":
-            text.append("\\\\")
-        elif character == "|":
-            text.append("\\|" if extended else "%7C")
-        elif character == "%" and not extended:
-            text.append("%25")
-        else:
-            text.append(character)
-    return "".join(text)
+    return _ODD.sub(_extended if extended else _plain, name.decode("utf-8", "surrogateescape"))
+
+
+_ODD: Final = re.compile("[\x00-\x1f\x7f-\x9f\\\\|%\udc80-\udcff]")
+"""Control characters, C0 and C1; what has a meaning; bytes that are no UTF-8 (surrogateescape: byte 0xNN as U+DCNN)."""
+
+
+def _plain(match: re.Match[str]) -> str:
+    character = match[0]
+    if character in "|%":
+        return f"%{ord(character):02X}"
+    if character >= "\udc80":
+        return f"%{ord(character) - 0xDC00:02X}"
+    return _extended(match)
+
+
+def _extended(match: re.Match[str]) -> str:
+    character = match[0]
+    if character in "\\|":
+        return "\\" + character
+    return character if character == "%" else f"\\x{ord(character) & 0xFF:02x}"
 
 
 def _time(time_ns: int, *, fraction: bool) -> str:
