@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -155,6 +156,53 @@ def test_c10_a_title_that_is_taken_is_not_used(tmp_path: Path, ocifs: Run) -> No
     one, two, three = (sha256(data).removeprefix("sha256:") for data in (b"1", b"2", b"3"))
     assert sorted(ocifs("ls", reference).out.decode().split()) == sorted(["x", two, three, one, f"{one}-5"])
     assert ocifs("cat", reference, "x", two, three, one).out == b"1231"
+
+
+def test_c10_no_titles_make_a_blob_vanish(tmp_path: Path, ocifs: Run) -> None:
+    one = sha256(b"1").removeprefix("sha256:")
+    titles = [one, f"{one}-4", f"{one}-4-1"]
+    blobs = [*(("a/b", b"%d" % number, title) for number, title in enumerate(titles, 2)), ("a/b", b"1", "")]
+    reference = write_artifact(tmp_path / "odd", blobs, "text/x")
+    assert sorted(ocifs("ls", reference).out.decode().split()) == sorted([*titles, f"{one}-4-2"])
+    assert ocifs("cat", reference, f"{one}-4-2").out == b"1"
+
+
+def test_the_same_blob_twice_alone_is_shown_as_each_layer_names_it(tmp_path: Path, ocifs: Run) -> None:
+    reference = write_artifact(tmp_path / "same", [("a/b", b"1", "one"), ("a/b", b"1", "two")], "text/x")
+    assert ocifs("ls", "--layer", "1", reference).out == b"one\n"
+    assert ocifs("cat", "--layer", "2", reference, "two").out == b"1"
+
+
+def annotated(layout: Path, annotations: dict[str, str]) -> str:
+    """Write an artifact of one blob, ``one``, with these annotations."""
+    descriptor = {"mediaType": "a/b", "digest": put_blob(layout, b"1"), "size": 1}
+    layers = [{**descriptor, "annotations": {TITLE: "one", **annotations}}]
+    return write_artifact(layout, [], "text/x", layers=layers)
+
+
+def test_annotations_that_no_file_system_can_hold_are_no_attributes(tmp_path: Path, ocifs: Run) -> None:
+    many = {f"k{number}": "v" * 4000 for number in range(100)}
+    cases: list[dict[str, str]] = [
+        {"nul\0user.other": "v", "kept": "v"},
+        {"long" * 64: "v", "kept": "v"},
+        {"kept": "v", **many},
+    ]
+    for number, case in enumerate(cases):
+        reference = annotated(tmp_path / str(number), case)
+        (line,) = ocifs("stat", "--json", reference, "one").out.splitlines()
+        found = json.loads(line)["xattrs"]
+        assert "user.ocifs.annotation.kept" in found
+        assert not any("\0" in name or "long" in name for name in found)
+        assert len(found) <= 20
+        assert sum(len(name) + len(value) * 3 // 4 for name, value in found.items()) < 65_600
+
+
+def test_blobs_of_artifacts_are_hashed(tmp_path: Path, ocifs: Run) -> None:
+    reference = zarf(tmp_path / "package")
+    found = [json.loads(line) for line in ocifs("hash", "--json", reference).out.splitlines()]
+    hashes = {one["path"]: one["sha256"] for one in found}
+    assert hashes["/sboms/large.bin"] == hashlib.sha256(bytes(700_000) + b"end").hexdigest()
+    assert hashes["/checksums.txt"] == hashlib.sha256(b"abc checksum\n").hexdigest()
 
 
 def test_what_is_not_a_tar_stays_a_file_when_unpacked(tmp_path: Path, ocifs: Run) -> None:

@@ -104,9 +104,10 @@ class Digests:
         if error is not None:
             raise DamagedError(error)
         at = self._wanted.number(content.layer, content.layer_offset) * self._width
-        if at < 0:
+        found = bytes(self._digests.get(content.layer, b"")[at : at + self._width]) if at >= 0 else b""
+        if not any(found):  # no data has such hashes: nothing was read there
             raise DamagedError("its layer breaks off within its data")
-        return bytes(self._digests[content.layer][at : at + self._width])
+        return found
 
     def split(self, digests: bytes) -> dict[str, str]:
         """Give what `get` gives as hexadecimal text by algorithm."""

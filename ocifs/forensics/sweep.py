@@ -120,6 +120,10 @@ def streams(layer: int, index: LayerIndex, offsets: Sequence[int], *, gaps: bool
 
     A file that the layer's end cuts off is not given: nobody sees it. Its bytes are a gap.
     """
+    if offsets and offsets[0] == 0 and index.layer_size:
+        # Every entry's data is behind its header: this is a blob that is shown as a file, all of it.
+        yield Stream(layer, 0, index.layer_size, index.layer_size)
+        return
     wanted = iter(offsets)
     want = next(wanted, None)
     end = 0

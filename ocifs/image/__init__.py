@@ -321,10 +321,12 @@ def _open_image(text: str, store: Store, options: ImageOptions, progress: Progre
         for layer in layers:
             undo.callback(layer.close)
         if is_artifact:
-            key = _artifact_key(resolved, layers)
-            tree, file = kept_tree(
-                key, layers, lambda: artifact.tree(resolved.image, layers, contents), store, progress
-            )
+            every = options.all_xattrs
+
+            def make() -> Tree:
+                return artifact.tree(resolved.image, layers, contents, all_xattrs=every)
+
+            tree, file = kept_tree(_artifact_key(resolved, layers, options), layers, make, store, progress)
         else:
             tree, file = merged_tree(layers, store, options, progress)
         undo.pop_all()
@@ -411,10 +413,16 @@ def _may_be_tar(blob: LayerBlob) -> bool:
     return kind not in (compression.Compression.UNKNOWN, compression.Compression.EMPTY)
 
 
-def _artifact_key(resolved: Resolved, layers: Sequence[OpenLayer]) -> str:
-    # The manifest names the blobs; their keys say which of them are unpacked.
-    found = resolved.image
-    made_from = (image_tree.FORMAT_VERSION, RULES_VERSION, str(found.manifest_digest), [layer.key for layer in layers])
+def _artifact_key(resolved: Resolved, layers: Sequence[OpenLayer], options: ImageOptions) -> str:
+    # The manifest names the blobs; their keys say which of them are unpacked. Its digest says nothing if it is examined
+    # and not what that says.
+    made_from = (
+        image_tree.FORMAT_VERSION,
+        RULES_VERSION,
+        hashlib.sha256(resolved.image.manifest_raw).hexdigest(),
+        [(layer.number, layer.key) for layer in layers],
+        options.all_xattrs,
+    )
     return hashlib.sha256(b"artifact" + msgspec.json.encode(made_from)).hexdigest()
 
 

@@ -16,15 +16,16 @@ Not here: which manifests are artifacts (`ocifs.spec.artifact_kind`), indexes an
 from __future__ import annotations
 
 import datetime
+import itertools
 from typing import TYPE_CHECKING, Final
 
 from ocifs.layer_index import Content
-from ocifs.overlay.upper import children_of
+from ocifs.overlay.upper import XATTRS_MAX, children_of
 from ocifs.rules import MergeOptions
 from ocifs.tree import Extent, Kind, Node, Origin, Tree, Warned
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from ocifs.image.indexing import OpenLayer
     from ocifs.sources import LayerBlob, ResolvedImage
@@ -35,7 +36,8 @@ CREATED: Final = "org.opencontainers.image.created"
 _NAME_MAX: Final = 255
 _PATH_MAX: Final = 4095
 _ATTRIBUTE_MAX: Final = 4096
-"""Bytes of an annotation that is shown as an attribute; a longer one is left to 'ocifs inspect'."""
+"""Bytes of an annotation that is shown as an attribute; a longer one is left to 'ocifs inspect', as are those behind the
+first `XATTRS_MAX` bytes of names and values, and names with a NUL."""
 
 
 def is_tar(layer: OpenLayer) -> bool:
@@ -44,15 +46,23 @@ def is_tar(layer: OpenLayer) -> bool:
     return index.entry_count > 0 and index.damage is None and not index.mismatches
 
 
-def tree(image: ResolvedImage, layers: Sequence[OpenLayer], unpacked: Sequence[Content]) -> Tree:
-    """Make the tree of an artifact's blobs; ``unpacked`` says of each what it was indexed as."""
+def tree(
+    image: ResolvedImage, layers: Sequence[OpenLayer], unpacked: Sequence[Content], *, all_xattrs: bool = False
+) -> Tree:
+    """Make the tree of an artifact's blobs; ``unpacked`` says of each what it was indexed as.
+
+    ``all_xattrs`` is about what is unpacked (`ocifs.rules.MergeOptions`).
+    """
     mtime_ns = _created_ns(image)
     result = Tree(Node(Kind.DIR, Origin(0, -1), mtime_ns=mtime_ns, children={}))
+    spare = itertools.count(1)
     for layer, content in zip(layers, unpacked, strict=True):
-        node = _directory(layer, result) if content is Content.ARCHIVE else _file(layer, mtime_ns)
-        node.xattrs = (*node.xattrs, *_attributes(layer.blob))
-        node.xattrs = tuple(sorted(dict(node.xattrs).items()))
-        _put(result, layer, node, mtime_ns)
+        if content is Content.ARCHIVE:
+            node = _directory(layer, result, MergeOptions(single_layer=True, all_xattrs=all_xattrs))
+        else:
+            node = _file(layer, mtime_ns)
+        node.xattrs = _with_attributes(node.xattrs, layer.blob)
+        _put(result, layer, node, mtime_ns, spare)
     return result
 
 
@@ -71,30 +81,37 @@ def _file(layer: OpenLayer, mtime_ns: int) -> Node:
     return Node(Kind.FILE, Origin(layer.number, -1), 0o644, mtime_ns=mtime_ns, size=size, extents=extents)
 
 
-def _directory(layer: OpenLayer, result: Tree) -> Node:
+def _directory(layer: OpenLayer, result: Tree, options: MergeOptions) -> Node:
     from ocifs import overlay  # noqa: PLC0415 (only what is unpacked needs a merge)
 
     index = layer.index
     content = overlay.LayerInput(layer.number, index.entries(), index.damage, index.notices)
-    merged = overlay.merge([content], MergeOptions(single_layer=True))
+    merged = overlay.merge([content], options)
     result.warnings += merged.warnings
     return merged.root
 
 
-def _attributes(blob: LayerBlob) -> list[tuple[bytes, bytes]]:
+def _with_attributes(present: Sequence[tuple[bytes, bytes]], blob: LayerBlob) -> tuple[tuple[bytes, bytes], ...]:
+    """Join ``present`` and what is known of the blob, sorted, within what a file system can hold."""
     found = {"media_type": blob.media_type, "digest": str(blob.digest or "")}
     if blob.descriptor is not None:
         found |= {f"annotation.{key}": value for key, value in blob.descriptor.annotations.items()}
-    attributes = [
-        (f"user.ocifs.{name}".encode(errors="replace"), value.encode(errors="replace")) for name, value in found.items()
-    ]
-    return [(name, value) for name, value in attributes if len(name) <= _NAME_MAX and 0 < len(value) <= _ATTRIBUTE_MAX]
+    result = dict(present)
+    total = sum(len(name) + len(value) for name, value in present)
+    for key, text in found.items():
+        name, value = f"user.ocifs.{key}".encode(errors="replace"), text.encode(errors="replace")
+        size = len(name) + len(value)
+        fits = len(name) <= _NAME_MAX and 0 < len(value) <= _ATTRIBUTE_MAX and total + size <= XATTRS_MAX
+        if fits and b"\0" not in name:
+            result[name] = value
+            total += size
+    return tuple(sorted(result.items()))
 
 
-def _put(result: Tree, layer: OpenLayer, node: Node, mtime_ns: int) -> None:
+def _put(result: Tree, layer: OpenLayer, node: Node, mtime_ns: int, spare: Iterator[int]) -> None:
     blob = layer.blob
     title = blob.descriptor.annotations.get(TITLE, "") if blob.descriptor is not None else ""
-    names = title.encode(errors="surrogateescape").split(b"/") if title else []
+    names = title.encode(errors="replace").split(b"/") if title else []
     digest = blob.digest or layer.index.digest
     plain = digest.hex.encode()
     if names and not _usable(names):
@@ -107,8 +124,11 @@ def _put(result: Tree, layer: OpenLayer, node: Node, mtime_ns: int) -> None:
             Warned("C10", layer.number, title.encode(errors="replace"), "its title is taken already")
         )
         names = []
-    if not names and not _place(result.root, [plain], node, mtime_ns):
-        _place(result.root, [plain + b"-%d" % layer.number], node, mtime_ns)
+    if not names:
+        # Titles may have taken that, and what would be next. No number is tried twice, so all this ends soon.
+        first = plain + b"-%d" % layer.number
+        tried = itertools.chain([plain, first], (first + b"-%d" % number for number in spare))
+        next(name for name in tried if _place(result.root, [name], node, mtime_ns))
 
 
 def _usable(names: Sequence[bytes]) -> bool:
