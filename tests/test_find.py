@@ -12,7 +12,8 @@ import pytest
 
 from ocifs.errors import UsageError
 from ocifs.forensics.examination import open_examination
-from ocifs.forensics.find import Surroundings, parse, pattern, search, visible
+from ocifs.forensics.find import Surroundings, parse, search, visible
+from ocifs.forensics.patterns import pattern
 from ocifs.image import ImageOptions, open_image
 from ocifs.rootfs import view
 from ocifs.store import Store

@@ -13,7 +13,7 @@ have those of their entries.
 
 Patterns are those of fnmatch(3) in a UTF-8 locale, where ``*`` and ``?`` match a slash and a leading dot, too.
 
-Not here: how anything is printed.
+Not here: patterns (`ocifs.forensics.patterns`), how anything is printed.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from ocifs.errors import UsageError
+from ocifs.forensics.patterns import pattern
 from ocifs.history import Change, End
 from ocifs.tree import Kind
 
@@ -292,59 +293,6 @@ _PLAIN: Final[Mapping[str, Test]] = {
 
 
 # -- tests with an argument ----------------------------------------------------------------------------------------
-
-
-def pattern(text: str, *, ignore_case: bool = False) -> re.Pattern[str]:
-    """Translate a pattern of fnmatch(3) into one that matches whole names."""
-    out, at = [], 0
-    while at < len(text):
-        character = text[at]
-        at += 1
-        if character == "*":
-            out.append(".*")
-        elif character == "?":
-            out.append(".")
-        elif character == "\\" and at < len(text):
-            out.append(re.escape(text[at]))
-            at += 1
-        elif character == "[" and (match := _BRACKET.match(text, at)):
-            out.append(_bracket(match))
-            at = match.end()
-        else:
-            out.append(re.escape(character))
-    return re.compile("".join(out), re.DOTALL | (re.IGNORECASE if ignore_case else 0))
-
-
-_BRACKET: Final = re.compile(r"([!^]?)(\]?(?:\[:[a-z]+:\]|\\.|[^\]\\])*)\]", re.DOTALL)
-_CLASSES: Final = {
-    "alnum": "a-zA-Z0-9",
-    "alpha": "a-zA-Z",
-    "blank": r" \t",
-    "cntrl": r"\x00-\x1f\x7f",
-    "digit": "0-9",
-    "graph": "!-~",
-    "lower": "a-z",
-    "print": " -~",
-    "punct": "!-/:-@\\[-`{-~",
-    "space": r"\s",
-    "upper": "A-Z",
-    "xdigit": "0-9A-Fa-f",
-}
-
-
-def _bracket(match: re.Match[str]) -> str:
-    inside = re.sub(
-        r"\[:([a-z]+):\]|\\(.)|([\\\[\]^&~|])",
-        lambda part: _CLASSES.get(part[1], "") if part[1] else "\\" + (part[2] or part[3]),
-        match[2],
-        flags=re.DOTALL,
-    )
-    text = f"[{'^' if match[1] else ''}{inside}]"
-    try:
-        re.compile(text)
-    except re.error:  # a range that runs backwards matches nothing
-        return "(?!)"
-    return text
 
 
 def _glob(of: Callable[[Found], str], *, ignore_case: bool = False) -> _Make:
