@@ -312,10 +312,11 @@ class _Provenance:
         self._list_hashes = list_hashes
         self._data_size = sum(layer.index.layer_size for layer in image.layers)
         self._hashes: dict[tuple[Served, int], bytes] = {}
+        self._last: tuple[Served | None, int, Origin] = (None, 0, Origin(0, -1))
 
     def names(self, view: Served, nid: int) -> list[bytes]:
         """See `ocifs.forest.Provenance`."""
-        origin = _origin(view, nid)
+        origin = self._origin(view, nid)
         kind = view.inode(nid).kind
         if kind not in (NodeKind.FILE, NodeKind.DIR):
             return []
@@ -330,7 +331,7 @@ class _Provenance:
 
     async def value(self, view: Served, nid: int, name: bytes) -> bytes | None:
         """See `ocifs.forest.Provenance`."""
-        origin = _origin(view, nid)
+        origin = self._origin(view, nid)
         known = self._of_layer.get(origin.layer, {}).get(name)
         if known is not None:
             return known
@@ -346,6 +347,12 @@ class _Provenance:
                 return b"%d" % version.header_offset
             return b"%d" % attributes.versions_of_path(history.of(version.path))
         return None
+
+    def _origin(self, view: Served, nid: int) -> Origin:
+        """Give `_origin`; who asks for one attribute of an object asks for the others next."""
+        if self._last[0] is not view or self._last[1] != nid:
+            self._last = view, nid, _origin(view, nid)
+        return self._last[2]
 
     async def _sha256(self, view: Served, nid: int) -> bytes | None:
         found = view.inode(nid)
@@ -382,5 +389,9 @@ def _is_readable(view: Served, nid: int) -> bool:
 def _data_offset(view: Served, nid: int) -> int | None:
     if not isinstance(view, RootFS) or view.inode(nid).kind is not NodeKind.FILE or not _is_readable(view, nid):
         return None
-    pieces = view.tree.extents(nid, 0, view.inode(nid).size)
-    return next((piece.layer_offset for piece in pieces if piece.layer), None)
+    # Finding all pieces of a large file takes milliseconds; nearly always the first byte is one of the first piece.
+    for size in (1, view.inode(nid).size):
+        for piece in view.tree.extents(nid, 0, size):
+            if piece.layer:
+                return piece.layer_offset
+    return None
