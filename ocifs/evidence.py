@@ -281,17 +281,20 @@ def verify(path: Path, head: str | None = None) -> Checked:
     """
     problems: list[str] = []
     more = 0
-    previous, number = FIRST, 0
+    previous, number, expected = FIRST, 0, 1
     wanted = None if head is None else head.strip().lower()
     head_seen = wanted in (None, FIRST)
     for line in _lines(path):
         number += 1
-        for problem in _wrong(line, number, previous):
+        said = _parsed(line)
+        for problem in _wrong(line, said, number, expected, previous):
             if len(problems) < _PROBLEMS:
                 problems.append(problem)
             else:
                 more += 1
         previous = hashlib.sha256(line.removesuffix(b"\n")).hexdigest()
+        # One line left out is said once, not of every later one.
+        expected = (expected if said is None else said.number) + 1
         head_seen = head_seen or previous == wanted
     if more:
         problems.append(f"and {more} problems more")
@@ -300,19 +303,23 @@ def verify(path: Path, head: str | None = None) -> Checked:
     return Checked(number, previous, tuple(problems))
 
 
-def _wrong(line: bytes, number: int, previous: str) -> Iterator[str]:
-    """Say what is wrong with a line, which is to be number ``number``; ``previous`` is the hash of the one before."""
-    whole = line.endswith(b"\n")
+def _parsed(line: bytes) -> _Line | None:
     try:
-        said = msgspec.json.decode(line.removesuffix(b"\n"), type=_Line)
+        return msgspec.json.decode(line.removesuffix(b"\n"), type=_Line)
     except (msgspec.MsgspecError, ValueError, RecursionError):
+        return None
+
+
+def _wrong(line: bytes, said: _Line | None, number: int, expected: int, previous: str) -> Iterator[str]:
+    """Say what is wrong with line ``number``, ``said``, which should call itself ``expected`` and follow on ``previous``."""
+    if said is None:
         yield f"line {number} is no line of an evidence log"
         return
     if said.previous != previous:
         yield f"line {number} does not follow upon line {number - 1} as it is now"
-    if said.number != number:
-        yield f"line {number} calls itself number {said.number}"
-    if not whole:
+    if said.number != expected:
+        yield f"line {number} calls itself number {said.number} where {expected} should follow"
+    if not line.endswith(b"\n"):
         yield f"line {number} has no end"
 
 

@@ -117,6 +117,19 @@ def test_what_was_altered_is_found(how: str, tmp_path: Path, ocifs: Run) -> None
     assert problem in done.err
 
 
+def test_a_line_that_is_left_out_is_said_once(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    with EvidenceLog(path) as log:
+        for number in range(6):
+            log.append("opened", reference=f"oci:{number}")
+    raw = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*raw[:2], *raw[3:]]))
+    assert verify(path).problems == (
+        "line 3 does not follow upon line 2 as it is now",
+        "line 3 calls itself number 4 where 3 should follow",
+    )
+
+
 def test_the_same_ranges_of_layers_of_two_images_are_told_apart(tmp_path: Path) -> None:
     path = tmp_path / "log"
     with EvidenceLog(path) as log:

@@ -198,8 +198,10 @@ class _Listed:
             else:
                 output.write(hash_lists.sha256sum_line(name, hashes))
         if unfit:
+            names = "1 name has" if unfit == 1 else f"{unfit} names have"
             output.complain(
-                f"warning: {unfit} names have a newline, written as \\n: hashdeep cannot read such names back"
+                f"warning: {names} a newline, written as \\n: hashdeep cannot read that back, and its audit fails there;"
+                " sha256sum and mtree can"
             )
 
     def print_mtree(self, view: RootFS, files: Iterable[File]) -> None:

@@ -13,7 +13,7 @@ import click
 from ocifs.cli import options as opt
 from ocifs.cli import output
 from ocifs.cli.options import Choice
-from ocifs.errors import CheckFailedError, MachineError, OcifsError, UsageError
+from ocifs.errors import CheckFailedError, MachineError, NotFoundError, OcifsError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -86,6 +86,8 @@ def _read_baseline(path: str, prefix: bytes) -> Baseline:
     try:
         with open(path, "rb") as file:
             return read(file, path, prefix)
+    except FileNotFoundError:
+        raise NotFoundError(f"there is no baseline {path}") from None
     except OSError as error:
         raise MachineError(f"cannot read the baseline {path}: {error.strerror}") from error
 

@@ -1,7 +1,7 @@
 """Lists of known files: which of an image's hashes are in one.
 
-A list is read once, front to back, and only what the image has is kept; so it may be as large as it likes. These are
-recognised by what is in them:
+A list is read once, front to back, and only what the image has is kept; so it may be as large as it likes, and text may come
+out of a pipe. These are recognised by what is in them:
 
 * hashdeep's output (its columns say which hash is where), sha256sum's and its kin's, ``NAME (file) = HASH`` of BSD, and one
   plain hash a line; the hash of the first line says which algorithm it is, by its length;
@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import contextlib
 import re
+from itertools import chain
 from typing import TYPE_CHECKING, BinaryIO, Final, Protocol
 
-from ocifs.errors import MachineError, OcifsError
+from ocifs.errors import MachineError, NotFoundError, OcifsError
 
 if TYPE_CHECKING:
     import sqlite3
@@ -45,7 +46,7 @@ class KnownList(Protocol):
     """Whose hashes it has, as in `ocifs.forensics.hashes.ALGORITHMS`."""
 
     def among(self, digests: set[bytes]) -> set[bytes]:
-        """Give those of ``digests`` that are in the list."""
+        """Give those of ``digests`` that are in the list, which is read now: once."""
         ...
 
     def close(self) -> None:
@@ -55,21 +56,30 @@ class KnownList(Protocol):
 
 @contextlib.contextmanager
 def opened_list(path: str) -> Iterator[KnownList]:
-    """Open a list. Raises `MachineError` if it cannot be read, `KnownListError` if it is not understood."""
-    found: KnownList | None = None
+    """Open a list.
+
+    Raises `NotFoundError` if there is none, `MachineError` if it cannot be read, `KnownListError` if it is not understood.
+    """
     try:
-        with open(path, "rb") as file:
-            if file.read(len(_SQLITE)) == _SQLITE:
-                found = _ReferenceDataSet(path)
-            else:
-                file.seek(0)
-                found = _HashList(path, file)
-            yield found
+        file = open(path, "rb")  # noqa: SIM115 (the list closes it)
+        with contextlib.ExitStack() as stack:
+            stack.callback(file.close)
+            # A pipe is read once only, so this looks ahead.
+            found = _ReferenceDataSet(path) if file.peek(len(_SQLITE)).startswith(_SQLITE) else _HashList(path, file)
+            stack.pop_all()
+    except FileNotFoundError:
+        raise NotFoundError(f"there is no list of known files {path}") from None
     except OSError as error:
-        raise MachineError(f"cannot read the list of known files {path}: {error.strerror}") from error
+        raise _unreadable(path, error) from error
+    try:
+        yield found
     finally:
-        if found is not None:
-            found.close()
+        found.close()
+        file.close()
+
+
+def _unreadable(path: str, error: OSError) -> MachineError:
+    return MachineError(f"cannot read the list of known files {path}: {error.strerror}")
 
 
 class _HashList:
@@ -79,30 +89,33 @@ class _HashList:
         self._path = path
         self._file = file
         self._column = -1
-        self.algorithm = ""
-        for _, found in self._hashes():
-            self.algorithm = _BY_LENGTH[len(found)]
-            break
-        if not self.algorithm:
+        self._left = self._hashes()
+        first = next(self._left, None)
+        if first is None:
             raise KnownListError(f"{path} is no list of known files: it holds no MD5, SHA-1 or SHA-256")
+        self._first = first
+        self.algorithm = _BY_LENGTH[len(first[1])]
 
     def close(self) -> None:
         """Nothing to do: who opened the file closes it."""
 
     def among(self, digests: set[bytes]) -> set[bytes]:
         found = set()
-        for line, text in self._hashes():
-            if _BY_LENGTH[len(text)] != self.algorithm:
-                raise KnownListError(f"line {line} of {self._path} has a hash of another kind than {self.algorithm}")
-            digest = bytes.fromhex(text.decode("ascii"))
-            if digest in digests:
-                found.add(digest)
+        try:
+            for line, text in chain([self._first], self._left):
+                if _BY_LENGTH[len(text)] != self.algorithm:
+                    raise KnownListError(
+                        f"line {line} of {self._path} has a hash of another kind than {self.algorithm}"
+                    )
+                digest = bytes.fromhex(text.decode("ascii"))
+                if digest in digests:
+                    found.add(digest)
+        except OSError as error:
+            raise _unreadable(self._path, error) from error
         return found
 
     def _hashes(self) -> Iterator[tuple[int, bytes]]:
         """Give each line's number and hash."""
-        self._file.seek(0)
-        self._column = -1
         number = 0
         while line := self._file.readline(_MAX_LINE):
             number += 1
