@@ -51,6 +51,10 @@ def test_versions_are_what_the_trees_of_all_prefixes_show(drawn: list[list[Drawn
             if not version.hard_link and node.origin.entry >= 0:
                 assert Origin(version.layer, version.entry) == node.origin
             assert version.kind == node.kind
+            last = max((v.layer for v in shown.values() if v.hard_link), default=0)
+            if version.layer >= last and node.origin.entry >= 0:  # else a later link may have changed the inode (H7)
+                assert (version.mode, version.uid, version.mtime_ns) == (node.mode, node.uid, node.mtime_ns)
+                assert dict(node.xattrs).items() <= dict(version.xattrs).items()
             if node.kind is Kind.FILE:
                 assert version.size == node.size
                 assert version.extents == tuple((e.file_offset, e.layer, e.layer_offset, e.size) for e in node.extents)

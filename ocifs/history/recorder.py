@@ -243,13 +243,17 @@ def _version(layer: int, number: int, entry: Entry) -> Version:
 
 
 def _take(version: Version, node: Node) -> None:
-    """Let a version be what became of its entry: for a hard link that is the inode it leads to."""
+    """Let a version be what became of its entry: for a hard link that is the inode it leads to.
+
+    Attributes are the inode's for all its names, as the last header in the layer gave them (H7).
+    """
     version.kind = node.kind
     version.unreadable = node.unreadable
+    version.mode, version.uid, version.gid, version.mtime_ns = node.mode, node.uid, node.gid, node.mtime_ns
+    if version.xattrs or node.xattrs:
+        version.xattrs = tuple((dict(version.xattrs) | dict(node.xattrs)).items())
     if version.hard_link:
         version.size, version.rdev = node.size, node.rdev
-        version.mode, version.uid, version.gid, version.mtime_ns = node.mode, node.uid, node.gid, node.mtime_ns
-        version.xattrs = node.xattrs
         version.extents = tuple((e.file_offset, e.layer, e.layer_offset, e.size) for e in node.extents)
     if node.unreadable:
         version.extents = ()

@@ -46,6 +46,9 @@ class Version(msgspec.Struct, array_like=True, gc=False):
     Each entry of each layer is one version, so nothing in an image's archives is missing here; directories that no
     entry names are versions with ``entry`` -1. ``path`` is the path in the tree, without a leading slash, also where a
     symlink of the layer led the entry elsewhere than its name says; the root is empty.
+
+    Mode, owner, time and attributes are those of the inode when its layer was complete: names that are hard links of one
+    another share them (rule H7). What a hard link in a *later* layer makes of them is in that link's version only.
     """
 
     path: bytes
