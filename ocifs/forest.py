@@ -30,6 +30,7 @@ import pyfuse3
 from ocifs.erofs import ROOT_NID, DirectoryEntry, Inode
 from ocifs.erofs.layout import NAME_MAX
 from ocifs.errors import OcifsError
+from ocifs.forensics.views import DIRECTORY
 from ocifs.fuse import TREE_SHIFT, Adapter, Served, answering
 from ocifs.tree import Kind
 
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
     from ocifs.rootfs import RootFS
 
-VIEWS: Final = b".ocifs"
+VIEWS: Final = DIRECTORY
 """The directory's name."""
 
 PROVENANCE: Final = b"user.ocifs."

@@ -323,6 +323,74 @@ def test_annotate_takes_off_where_the_scanner_saw_the_image(run: Run, ref: str, 
     assert found[0]["line"] == "/mnt/bin/tool: FOUND"
 
 
+def annotated(run: Run, ref: str, *words: str) -> list[tuple[Any, ...]]:
+    found = rows(run("annotate", "--json", *words, ref))
+    return [picked(row, "path", "layer", "end", "end_layer") for row in found]
+
+
+def test_annotate_knows_what_the_views_of_a_mount_show(run: Run, ref: str, say: Callable[[bytes], None]) -> None:
+    blob = one(run("why", "--json", ref, "/root/.ssh/id_rsa"))["digest"].removeprefix("sha256:")
+    seen = {
+        "deleted/bin/tool": ("/bin/tool", 1, "replaced", 3),
+        "deleted/L03/bin/tool: evil FOUND": ("/bin/tool", 1, "replaced", 3),
+        "deleted/L04/root/.ssh/id_rsa": ("/root/.ssh/id_rsa", 2, "whiteout", 4),
+        "deleted/opt/app/data": ("/opt/app/data", 1, "opaque", 4),
+        "deleted/bin": ("/bin", 1, "visible", None),
+        "upto/02/bin/tool": ("/bin/tool", 1, "replaced", 3),
+        "upto/03/bin/tool": ("/bin/tool", 3, "visible", None),
+        "upto/04/root/.ssh/id_rsa": None,
+        "layers/01-d99ac79e219b/bin/tool": ("/bin/tool", 1, "replaced", 3),
+        "layers/03-36cdba9c184c/etc/motd:1:second": ("/etc/motd", 3, "visible", None),
+        "layers/04-c620c0cddf5a/var/log/.wh.old.log": ("/var/log/.wh.old.log", 4, "left-out", None),
+        "history/bin/tool/L01-added": ("/bin/tool", 1, "replaced", 3),
+        "history/bin/tool/L03-changed": ("/bin/tool", 3, "visible", None),
+        "history/etc/motd/L03-overridden": ("/etc/motd", 3, "overridden", 3),
+        "history/etc/motd/L03-overridden~2": None,
+        "history/opt/app/data/L04-deleted": ("/opt/app/data", 1, "opaque", 4),
+        "slack/05/000000007168-trailing-tar: FOUND": (None, 5, "slack", None),
+        "slack/06/000000007168-trailing-tar": None,
+        "raw/tars/02.tar": (None, 2, "raw", None),
+        f"raw/blobs/sha256/{blob}": (None, 2, "raw", None),
+        "reports/audit.txt": None,
+        "deleted": None,
+    }
+    expected = [found or (None, None, "unknown", None) for found in seen.values()]
+    lines = b"".join(b"rule /mnt/.ocifs/%s\n" % name.encode() for name in seen)
+
+    say(lines)
+    assert annotated(run, ref, "--prefix", "/mnt") == expected
+    say(b"".join(b"/mnt/.ocifs/%s\n" % name.encode() for name in seen if name.startswith("deleted/")))
+    assert annotated(run, ref, "--prefix", "/mnt/.ocifs/deleted") == expected[:5]
+    say(b"./.ocifs/deleted/bin/tool\n/.ocifs/deleted/bin/tool\nrule ./.ocifs/deleted/bin/tool\n")
+    assert annotated(run, ref) == [expected[0]] * 3
+
+
+def test_annotate_knows_what_find_and_grep_print(run: Run, ref: str, say: Callable[[bytes], None]) -> None:
+    say(run("find", "--deleted", ref, "-type", "f").out)
+    assert annotated(run, ref) == [
+        ("/bin/tool", 1, "replaced", 3),
+        ("/etc/motd", 3, "visible", None),
+        ("/opt/app/config", 1, "opaque", 4),
+        ("/opt/app/data", 1, "opaque", 4),
+        ("/root/.ssh/id_rsa", 2, "whiteout", 4),
+        ("/tmp/build.log", 2, "whiteout", 4),  # noqa: S108 (a path in the image)
+        ("/var/log/old.log", 1, "whiteout", 4),
+    ]
+    say(run("grep", "--all", "--slack", ref, "evil|behind").out)
+    assert annotated(run, ref) == [("/bin/tool", 3, "visible", None), (None, 5, "slack", None)]
+
+
+def test_annotate_finds_names_below_here_in_the_middle_of_a_line(
+    run: Run, ref: str, say: Callable[[bytes], None]
+) -> None:
+    say(b"evil ./bin/tool\n0123abcd  ./root/.ssh/id_rsa\nfoo.bar/bin/tool\n")
+    assert annotated(run, ref) == [
+        ("/bin/tool", 3, "visible", None),
+        ("/root/.ssh/id_rsa", 2, "whiteout", 4),
+        (None, None, "unknown", None),
+    ]
+
+
 def test_annotate_by_nul_takes_names_of_any_bytes(run: Run, ref: str, say: Callable[[bytes], None]) -> None:
     say(b"".join(name + b"\0" for name in ODD_NAMES))
     status, out, _ = run("annotate", "-0", ref)

@@ -21,12 +21,14 @@ from ocifs.cli import output
 from ocifs.cli.examining import CHANGES, ENDS, layer_json, opened_examination, version_json
 from ocifs.cli.options import Choice
 from ocifs.errors import DamagedError, NotFoundError, UsageError
+from ocifs.history import End
 from ocifs.tree import Kind
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import BinaryIO
 
+    from ocifs.forensics.annotation import OfLayer
     from ocifs.forensics.examination import Examination
     from ocifs.history import Version
 
@@ -358,22 +360,23 @@ def annotate(choice: Choice, ref: str, *, by_nul: bool, prefix: str, as_json: bo
 
     A line is a path, or what a scanner or grep says about one: the longest part of it counts that is a path in some layer.
     Each comes out as it was, behind layer, visible or deleted, and step, with tabs between. A line in which there is no path
-    is marked unknown.
+    is marked unknown. Names below a mount's .ocifs mean the very version that they show; LNN/PATH, as find and grep print
+    it, what layer NN has.
     """
-    from ocifs.forensics.provenance import Annotator
+    from ocifs.forensics.annotation import Annotator
 
     if sys.stdin is None:
         raise UsageError("standard input is closed: annotate reads lines from it")
     with opened_examination(choice, ref) as examination:
-        annotator = Annotator(examination.history, os.fsencode(prefix))
+        annotator = Annotator(examination, os.fsencode(prefix))
         end = b"\0" if by_nul else b"\n"
         for lines in _lines(sys.stdin.buffer, end):
             for line in lines:
-                version = annotator.find(line) if len(line) <= _MAX_LINE else None
+                found = annotator.find(line) if len(line) <= _MAX_LINE else None
                 if as_json:
-                    output.print_json(_annotated_json(examination, line, version))
+                    output.print_json(_annotated_json(examination, line, found))
                 else:
-                    fields = "\t".join(_annotated_text(examination, version))
+                    fields = "\t".join(_annotated_text(examination, found))
                     output.write(output.encode(fields) + b"\t" + line + end)
             output.flush()
 
@@ -392,22 +395,34 @@ def _lines(stream: BinaryIO, end: bytes) -> Iterator[list[bytes]]:
         yield [rest]
 
 
-def _annotated_text(examination: Examination, version: Version | None) -> tuple[str, str, str]:
-    if version is None:
+def _annotated_text(examination: Examination, found: Version | OfLayer | None) -> tuple[str, str, str]:
+    if found is None:
         return "-", "unknown", "-"
-    step = examination.step(version.layer)
+    step = examination.step(found.layer)
     words = output.printable(" ".join(step.created_by.split())) if step else ""
-    state = f"deleted by {version.end_layer}" if version.end_layer else ENDS[version.end]
-    return str(version.layer), state, words or "-"
+    return str(found.layer), _state(found), words or "-"
 
 
-def _annotated_json(examination: Examination, line: bytes, version: Version | None) -> dict[str, Any]:
-    if version is None:
-        return {"line": output.decode(line), "path": None, "layer": None, "end": "unknown"}
+def _state(found: Version | OfLayer) -> str:
+    if isinstance(found, tuple):
+        return found.what
+    if not found.end_layer:
+        return ENDS[found.end]
+    removed = found.end in {End.WHITEOUT, End.OPAQUE}
+    return f"{'deleted' if removed else ENDS[found.end]} by {found.end_layer}"
+
+
+def _annotated_json(examination: Examination, line: bytes, found: Version | OfLayer | None) -> dict[str, Any]:
+    if found is None:
+        return {"line": output.decode(line), "path": None, "layer": None, "end": "unknown", "end_layer": None}
+    if isinstance(found, tuple):
+        path, end, end_layer = None, found.what, None
+    else:
+        path, end, end_layer = "/" + output.decode(found.path), ENDS[found.end], found.end_layer or None
     return {
         "line": output.decode(line),
-        "path": "/" + output.decode(version.path),
-        **layer_json(examination, version.layer),
-        "end": ENDS[version.end],
-        "end_layer": version.end_layer or None,
+        "path": path,
+        **layer_json(examination, found.layer),
+        "end": end,
+        "end_layer": end_layer,
     }

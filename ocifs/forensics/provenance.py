@@ -4,7 +4,8 @@ Paths are looked up in all layers at once, so a name that was deleted is found a
 is followed as the image has it now, or had it last: ``bin/sh`` finds ``usr/bin/sh`` where ``bin`` is a link to ``usr/bin``.
 The name itself is followed only if that is asked for.
 
-Not here: shell lines that cut bytes out of blobs (`ocifs.forensics.extraction`), proof (`ocifs.forensics.receipt`).
+Not here: shell lines that cut bytes out of blobs (`ocifs.forensics.extraction`), proof (`ocifs.forensics.receipt`), lines of
+other programs (`ocifs.forensics.annotation`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from ocifs.overlay.paths import normalised, shown
 from ocifs.tree import Kind
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from ocifs.forensics.examination import Examination
     from ocifs.history import History, Version
@@ -39,13 +40,13 @@ def find(history: History, path: bytes, *, follow: bool = False) -> list[Version
     Raises `NotFoundError`, which names the nearest path that some layer had, if none ever had this one.
     """
     names, _ = normalised(path)
-    found, names = _walk(history, names, follow=follow)
+    found, names = walk(history, names, follow=follow)
     if not found:
         raise NotFoundError(f"no layer ever had {shown(path)}{_nearest(history, names)}")
     return found
 
 
-def _walk(history: History, names: list[bytes], *, follow: bool) -> tuple[list[Version], list[bytes]]:
+def walk(history: History, names: list[bytes], *, follow: bool) -> tuple[list[Version], list[bytes]]:
     """Give the versions of the path that ``names`` lead to, none if there are none, and that path."""
     for _ in range(_MAX_LINKS):
         found = history.of(b"/".join(names))
@@ -141,79 +142,3 @@ def content_hash(examination: Examination, version: Version) -> str:
     for piece in examination.data(version):
         hasher.update(piece)
     return hasher.hexdigest()
-
-
-# -- lines of other programs ---------------------------------------------------------------------------------------
-
-_SEPARATORS: Final = frozenset(b" \t\r\n:,;|\"'`()<>[]{}=\0")
-"""What may follow a path in a line that says something about it."""
-_MAX_CUTS: Final = 64
-"""Places of a line at which a path in it may end, that are tried."""
-_MAX_LINKED_CUTS: Final = 8
-"""The same where links on the way are followed."""
-_MAX_STARTS: Final = 16
-"""Places at which one may begin."""
-
-
-class Annotator:
-    """Finds the path that a line is about: the whole line, or the longest part of it that some layer had.
-
-    ``prefix`` is where the program that wrote the lines saw the image; only paths below it are taken for the image's then.
-    Without one a path begins the line, or is absolute and stands behind a blank.
-    """
-
-    def __init__(self, history: History, prefix: bytes = b"") -> None:
-        self._history = history
-        self._prefix = prefix.rstrip(b"/")
-        self._known: dict[tuple[bytes, bool], Version | None] = {}
-
-    def find(self, line: bytes) -> Version | None:
-        """Give the version that the line is about: what the image shows, else what it showed last; None if unknown."""
-        starts = list(self._starts(line))
-        # Links on the way are followed last, for that is slow and seldom needed: scanners do not follow them.
-        for through_links in (False, True):
-            for start in starts:
-                for stop in _stops(line, start, _MAX_CUTS if not through_links else _MAX_LINKED_CUTS):
-                    path = line[start:stop]
-                    if self._prefix:
-                        path = path[len(self._prefix) :] or b"/"
-                        if not path.startswith(b"/"):
-                            continue
-                    version = self._look_up(path, through_links=through_links)
-                    if version is not None:
-                        return version
-        return None
-
-    def _starts(self, line: bytes) -> Iterator[int]:
-        if not self._prefix:
-            yield 0
-        sought = self._prefix or b"/"
-        at = line.find(sought)
-        for _ in range(_MAX_STARTS):
-            if at < 0:
-                return
-            if (at or self._prefix) and (at == 0 or line[at - 1] in _SEPARATORS):
-                yield at
-            at = line.find(sought, at + 1)
-
-    def _look_up(self, path: bytes, *, through_links: bool) -> Version | None:
-        """Look a path up; what was asked last is remembered, for scanners say much about one file."""
-        names, _ = normalised(path)
-        if not names and not path.startswith((b"/", b".")):
-            return None
-        key = b"/".join(names), through_links
-        if key in self._known:
-            return self._known[key]
-        found = _walk(self._history, names, follow=False)[0] if through_links else self._history.of(key[0])
-        version = current(found)
-        if len(self._known) >= 1024:  # noqa: PLR2004 (a few hundred kilobytes)
-            self._known.clear()
-        self._known[key] = version
-        return version
-
-
-def _stops(line: bytes, start: int, limit: int) -> Iterator[int]:
-    """Where a path that begins at ``start`` may end, the longest first."""
-    cuts = [at for at in range(start + 1, min(len(line), start + 8192)) if line[at] in _SEPARATORS]
-    yield len(line)
-    yield from reversed(cuts[:limit])

@@ -52,6 +52,9 @@ if TYPE_CHECKING:
     from ocifs.image_tree import ImageTree
     from ocifs.store import Store, StoredFile
 
+DIRECTORY: Final = b".ocifs"
+"""What the directory of views is called, in the root of an examined mount."""
+
 VIEWS_VERSION: Final = 1
 """Part of the key of a kept tree: raise it whenever the same layers can come out differently."""
 
@@ -59,7 +62,8 @@ NOBODY: Final = -1
 """The entry of `ocifs.tree.Origin` where no entry made a node."""
 
 _REMOVED: Final = (End.WHITEOUT, End.OPAQUE, End.REPLACED)
-_SHOWN: Final = (Change.ADDED, Change.CHANGED)
+SHOWN: Final = (Change.ADDED, Change.CHANGED)
+"""Changes of versions that were in the tree."""
 
 
 def open_view(
@@ -158,7 +162,7 @@ class _Removed:
             if there is None or there.kind is not Kind.DIR:
                 made = self._leading(above[depth], version.end_layer)
                 if there is not None:
-                    ended = max(one.end_layer for one in above[depth] if _is_removed(one, above[depth]))
+                    ended = max(one.end_layer for one in above[depth] if is_removed(one, above[depth]))
                     self._moved.append((children, name, suffix(ended), there))
                 there = children[name] = made
             here = there
@@ -167,7 +171,7 @@ class _Removed:
 
     def _leading(self, versions: list[Version], before: int) -> Node:
         """Give a directory as it was before layer ``before``, empty."""
-        were = [one for one in versions if one.kind == Kind.DIR and one.change in _SHOWN]
+        were = [one for one in versions if one.kind == Kind.DIR and one.change in SHOWN]
         found = max((one for one in were if one.layer < before), key=lambda one: one.layer, default=None)
         return _directory() if found is None else _node(found, all_xattrs=self._all_xattrs)
 
@@ -178,13 +182,13 @@ class _Removed:
         return self.root
 
 
-def _is_removed(version: Version, versions: list[Version]) -> bool:
+def is_removed(version: Version, versions: list[Version]) -> bool:
     """Whether a version was taken out of the tree; ``versions`` are all of its path."""
-    if version.change not in _SHOWN or version.end not in _REMOVED:
+    if version.change not in SHOWN or version.end not in _REMOVED:
         return False
     if version.end is not End.REPLACED or version.kind != Kind.DIR:
         return True
-    return not any(one.kind == Kind.DIR and one.change in _SHOWN and one.layer == version.end_layer for one in versions)
+    return not any(one.kind == Kind.DIR and one.change in SHOWN and one.layer == version.end_layer for one in versions)
 
 
 def _with_directories(examination: Examination) -> Iterator[tuple[bytes, list[Version], list[list[Version]]]]:
@@ -214,7 +218,7 @@ def deleted(examination: Examination, *, all_xattrs: bool = False) -> Tree:
         return f"~L{number(layer, last)}".encode()
 
     for path, versions, above in _with_directories(examination):
-        removed = [version for version in versions if _is_removed(version, versions)]
+        removed = [version for version in versions if is_removed(version, versions)]
         names = _components(path)
         if not removed or not names:
             continue
@@ -270,21 +274,21 @@ def _versions(
     versions: list[Version], last: int, time_of: Callable[[int, int], int], *, all_xattrs: bool
 ) -> Iterator[tuple[bytes, Node]]:
     """Give the name and node of each version of a path, by layer."""
-    began = {version.layer for version in versions if version.change in _SHOWN}
+    began = {version.layer for version in versions if version.change in SHOWN}
     overridden = 0
     layer = 0
     for version in versions:
         if version.layer != layer:
             layer, overridden = version.layer, 0
         by = f"L{number(version.layer, last)}"
-        if version.change in _SHOWN:
+        if version.change in SHOWN:
             how = "added" if version.change is Change.ADDED else "changed"
             yield f"{by}-{how}".encode(), _node(version, all_xattrs=all_xattrs)
         elif version.end is End.OVERRIDDEN and version.kind and version.change is Change.NONE:
             overridden += 1
             again = f"~{overridden}" if overridden > 1 else ""
             yield f"{by}-overridden{again}".encode(), _node(version, all_xattrs=all_xattrs)
-        if version.change in _SHOWN and version.end in _REMOVED and version.end_layer not in began:
+        if version.change in SHOWN and version.end in _REMOVED and version.end_layer not in began:
             name = f"L{number(version.end_layer, last)}-deleted".encode()
             origin = Origin(version.end_layer, version.end_entry)
             mtime_ns = time_of(version.end_layer, version.end_entry)
