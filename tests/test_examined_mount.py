@@ -5,6 +5,7 @@ One mount for each compression is looked at from many sides; others only for wha
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
+from ocifs.cli.reports import REPORTS
 from ocifs.store import Kind, Store
 from tests.support.command import runner
 from tests.support.damage import flip
@@ -183,9 +185,61 @@ def test_reports_have_their_size_and_say_what_commands_say(seen: Seen) -> None:
         "/tmp/build.log",  # noqa: S108 (a path of the image)
         "/var/log/old.log",
     ]
-    reference = f"oci:{seen.layout}:latest"
-    said = ocifs("wasted", "--json", "-n", "0", "--cache-dir", str(seen.cache), reference)
-    assert seen.shell('cat "$M/.ocifs/reports/wasted.jsonl"') == said.stdout
+
+
+def test_every_report_is_what_its_command_prints(seen: Seen, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    command = runner(capfdbinary)
+    for name, words in REPORTS.items():
+        said = command(*words, "--cache-dir", str(seen.cache), f"oci:{seen.layout}:latest")
+        assert said.status == 0, name
+        report = run(["cat", seen.mount.at(f".ocifs/reports/{name}")]).stdout
+        assert report.encode("utf-8", "surrogateescape") == said.out, name
+
+
+def test_a_scanner_finds_what_nobody_sees_and_annotate_says_whose_it_is(
+    seen: Seen, tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rules = tmp_path / "rules.yar"
+    rules.write_text(
+        'rule key { strings: $a = "OPENSSH PRIVATE KEY" condition: $a }\n'
+        'rule tool { strings: $a = "echo good" $b = "echo evil" condition: any of them }\n'
+        'rule behind { strings: $a = "behind the end" condition: $a }\n'
+    )
+    found = "".join(
+        run(["yara", "-r", str(rules), seen.mount.at(f".ocifs/{view}")]).stdout
+        for view in ("deleted", "slack", "upto/03")
+    )
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(found.encode())))
+    said = runner(capfdbinary)(
+        *("annotate", "--cache-dir", str(seen.cache), "--prefix", str(seen.mount.path)), f"oci:{seen.layout}:latest"
+    )
+    assert (said.status, said.err) == (0, "")
+    assert sorted(said.out.decode().replace(f"{seen.mount.path}/.ocifs/", "").splitlines()) == [
+        f"1\treplaced by 3\t{STEPS[0]}\ttool deleted/L03/bin/tool",
+        f"1\treplaced by 3\t{STEPS[0]}\ttool deleted/bin/tool",
+        f"1\tvisible\t{STEPS[0]}\ttool upto/03/bin/twin",
+        f"1\tvisible\t{STEPS[0]}\ttool upto/03/sh",
+        f"2\tdeleted by 4\t{STEPS[1]}\tkey deleted/L04/root/.ssh/id_rsa",
+        f"2\tdeleted by 4\t{STEPS[1]}\tkey deleted/root/.ssh/id_rsa",
+        f"2\tdeleted by 4\t{STEPS[1]}\tkey upto/03/root/.ssh/id_rsa",
+        f"3\tvisible\t{STEPS[2]}\ttool upto/03/bin/tool",
+        f"5\tslack\t{STEPS[4]}\tbehind slack/05/000000007168-trailing-tar",
+    ]
+
+
+def test_auditors_tools_agree_with_the_reports(seen: Seen) -> None:
+    # hashdeep cannot read a name with a newline back: the one that it misses.
+    audit = 'cd "$M" && hashdeep -r -l -o f -a -v -k .ocifs/reports/hashdeep.txt . | grep -v " 0$"; cd /'
+    assert [" ".join(line.split()) for line in seen.shell(audit).splitlines()] == [
+        "hashdeep: Audit failed",
+        "Files matched: 9",
+        "Files moved: 1",
+        "Known files not found: 1",
+    ]
+    assert seen.shell('cd "$M" && sha256sum -c --quiet .ocifs/reports/sha256sum.txt && cd / && echo right') == "right\n"
+    assert seen.shell('mtree -f "$M/.ocifs/reports/mtree.txt" -p "$M" && echo right') == "right\n"
+    rows = seen.shell('mactime -y -z UTC -d -b "$M/.ocifs/reports/timeline.body" 2023-11-18..2023-11-19')
+    assert "/root/.ssh/id_rsa (deleted by layer 4)" in rows
 
 
 def test_everything_says_where_it_comes_from(seen: Seen) -> None:
@@ -334,6 +388,20 @@ def test_damaged_layers_show_no_wrong_bytes(tmp_path: Path) -> None:
         assert at.shell('cat "$M/.ocifs/history/bin/tool/L01-added"').encode() == TOOL
         assert at.shell('ls "$M/.ocifs/slack/05"') == "000000007168-trailing-tar\n"
         assert not at.shell(f'sha256sum < "$M/.ocifs/raw/blobs/sha256/{blob.name}"').startswith(blob.name)
+
+
+def test_a_layer_alone_is_examined_without_views(tmp_path: Path) -> None:
+    put_image(tmp_path / "image", evidence_image())
+    place = tmp_path / "mnt"
+    place.mkdir()
+    words = ("--examine", "--layer", "2", "--cache-dir", str(tmp_path / "cache"))
+    done = ocifs("mount", *words, f"oci:{tmp_path}/image", str(place))
+    try:
+        said = "a mount of a layer alone has no .ocifs, nor attributes that say where things come from\n"
+        assert (done.returncode, done.stderr) == (0, f"ocifs: warning: {said}")
+        assert sorted(os.listdir(place)) == ["root", "tmp"]
+    finally:
+        ocifs("umount", str(place))
 
 
 @pytest.mark.parametrize(

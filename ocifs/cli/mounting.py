@@ -125,7 +125,12 @@ def mount_on(
 
 def _examined(choice: Choice, options: ImageOptions, ref: str, image: Image) -> Examined | None:
     """What the mount shows beside the image: nothing unless it is examined, nor where there are no views."""
-    if not options.examine or options.layer is not None or image.resolved.image.artifact is not None:
+    if not options.examine:
+        return None
+    artifact = image.resolved.image.artifact is not None
+    if artifact or options.layer is not None:
+        what = "an artifact" if artifact else "a layer alone"
+        output.complain(f"warning: a mount of {what} has no .ocifs, nor attributes that say where things come from")
         return None
     from ocifs.cli.reports import reports
     from ocifs.examined import Examined
