@@ -20,7 +20,7 @@ from ocifs.store import Store
 from ocifs.tree import Kind, Node, Origin
 from tests.support.drawn_layers import LAYERS, Drawn, numbered
 from tests.support.evidence_image import LATE, SECRET, TOOL, TROJAN, layer_tars
-from tests.support.examined import examined
+from tests.support.examined import Memory, examined
 from tests.support.merging import content, nodes
 from tests.support.tarball import CHAR, HARDLINK, SYMLINK, entry, tarball
 
@@ -217,22 +217,6 @@ def test_more_overridden_entries_than_one_and_what_was_below_one(tmp_path: Path)
     assert dict(nodes(everything.root))[b"n/L01-added"].xattrs == ((b"trusted.b", b"2"), (b"user.a", b"1"))
 
 
-class Memory:
-    """A history's file in memory."""
-
-    name = "a history"
-
-    def __init__(self, data: bytes) -> None:
-        self.size = len(data)
-        self._data = data
-
-    def read_at(self, offset: int, size: int) -> bytes:
-        return self._data[offset : offset + size]
-
-    def close(self) -> None:
-        pass
-
-
 def of_versions(layers: int, versions: list[Version]) -> Any:
     """What views use of an examination."""
     out = io.BytesIO()
@@ -252,7 +236,7 @@ def test_nothing_gets_lost(drawn: list[list[Drawn]]) -> None:
     for at, layer in enumerate(layers, 1):
         recorder.begin(layer)
         merging.apply(LayerInput(at, layer))
-    versions = recorder.finish()
+    versions = list(recorder.finish())
     examination = of_versions(len(layers), versions)
 
     there = dict(nodes(deleted(examination).root))

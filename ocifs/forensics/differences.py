@@ -19,7 +19,7 @@ import msgspec
 from ocifs.errors import DamagedError
 from ocifs.forensics.digests import BATCH, digests
 from ocifs.history import End, Version
-from ocifs.history.file import sort_key
+from ocifs.history.version import sort_key
 from ocifs.tree import Kind
 
 if TYPE_CHECKING:

@@ -1,17 +1,19 @@
 """The file in which an image's history is kept.
 
-This docstring is the specification of format version 1. Integers are little-endian; offsets count from the start of the
+This docstring is the specification of format version 2. Integers are little-endian; offsets count from the start of the
 file.
 
 ==============  =========================================================================================================
 part            content
 ==============  =========================================================================================================
-frames          each one zstd frame with up to 512 versions: a MessagePack array of `Version` as arrays, its fields in
-                order. Versions are sorted by path, a slash counting as less than every other byte (so that what lies below
-                a directory follows upon it), then by layer, then by entry.
+frames          each one zstd frame with up to 512 versions, fewer if they take more than 256 KiB, but one at least: a
+                MessagePack array (of the 16-bit form) of `Version` as arrays, its fields in order. Versions are sorted by
+                path, a slash counting as less than every other byte (so that what lies below a directory follows upon it),
+                then by layer, then by entry.
 entries         for each layer one zstd frame: the number of each entry's version among all, as u32, by entry.
 tables          MessagePack: an array of [key, the array of frames, the array of entries]. A frame is [path of its first
-                version, offset, stored size, SHA-256], an entries frame [layer, offset, stored size, SHA-256, count].
+                version, number of that among all, offset, stored size, SHA-256], an entries frame [layer, offset, stored
+                size, SHA-256, count].
 footer          72 bytes: u64 offset and u64 size of the tables, u64 number of versions, 32 bytes SHA-256 of the tables
                 followed by the footer without this field, u32 format version, u32 zero, and the magic ``ocifHIST``.
 ==============  =========================================================================================================
@@ -29,7 +31,9 @@ import bisect
 import hashlib
 import itertools
 import struct
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import BinaryIO, Final, Protocol, Self
 
@@ -37,24 +41,29 @@ import msgspec
 import zstandard
 
 from ocifs.errors import CacheDamagedError, StaleFormatError
-from ocifs.history.version import Version
+from ocifs.history.version import Version, sort_key
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 """Raised whenever the meaning of any byte changes."""
 
 FRAME_VERSIONS: Final = 512
 """Versions in a frame: decoding one takes about half a millisecond."""
+FRAME_SIZE: Final = 256 << 10
+"""Bytes above which a frame gets no more versions. One takes a hundred, or megabytes if its entry was made for that."""
 
 _MAGIC: Final = b"ocifHIST"
 _FOOTER: Final = struct.Struct("<QQQ32sII8s")
 _FRAMES_KEPT: Final = 32
 """Decoded frames kept, 16 Ki versions: some MB."""
 _MAX_FRAME: Final = 1 << 30
+_ARRAY: Final = struct.Struct(">BH")
+"""What a MessagePack array of up to 65,535 begins with: 0xdc, and how many."""
 _ADVICE: Final = "run 'ocifs cache clear' to have it built again"
 
 
 class _Frame(msgspec.Struct, array_like=True, gc=False):
     first: bytes
+    number: int
     offset: int
     size: int
     sha256: bytes
@@ -74,14 +83,11 @@ class _Tables(msgspec.Struct, array_like=True):
     entries: list[_Entries]
 
 
-def sort_key(path: bytes) -> bytes:
-    """Give what paths are ordered by: no name has a NUL, so below a directory comes before all that follows it."""
-    return path.replace(b"/", b"\0")
+def write(versions: Iterable[Version], out: BinaryIO, *, key: str) -> None:
+    """Write the file of all ``versions``, front to back: they come by `sort_key`, layer and entry.
 
-
-def write(versions: list[Version], out: BinaryIO, *, key: str) -> None:
-    """Write the file of all ``versions``, front to back. ``key`` is the store's. An OSError passes through."""
-    versions.sort(key=lambda version: (sort_key(version.path), version.layer, version.entry))
+    ``key`` is the store's. An OSError passes through.
+    """
     compress = zstandard.ZstdCompressor(level=3).compress
     encode = msgspec.msgpack.Encoder().encode
     frames: list[_Frame] = []
@@ -94,22 +100,46 @@ def write(versions: list[Version], out: BinaryIO, *, key: str) -> None:
         offset += len(stored)
         return offset - len(stored), len(stored), hashlib.sha256(stored).digest()
 
-    numbers: dict[int, dict[int, int]] = {}
-    for start in range(0, len(versions), FRAME_VERSIONS):
-        some = versions[start : start + FRAME_VERSIONS]
-        frames.append(_Frame(some[0].path, *put(encode(some))))
-        for number, version in enumerate(some, start):
-            if version.entry >= 0:
-                numbers.setdefault(version.layer, {})[version.entry] = number
+    numbers: dict[int, array[int]] = {}
+    count = 0
+    for first, some, data in _framed(versions):
+        frames.append(_Frame(first, count, *put(data)))
+        for number, (layer, entry) in enumerate(some, count):
+            if entry >= 0:
+                by_entry = numbers.setdefault(layer, array("I"))
+                if entry >= len(by_entry):
+                    by_entry.frombytes(bytes(by_entry.itemsize * (entry + 1 - len(by_entry))))
+                by_entry[entry] = number
+        count += len(some)
     entries = []
     for layer, by_entry in sorted(numbers.items()):
-        packed = struct.pack(f"<{len(by_entry)}I", *(by_entry[entry] for entry in range(len(by_entry))))
-        entries.append(_Entries(layer, *put(packed), len(by_entry)))
+        if sys.byteorder == "big":
+            by_entry.byteswap()
+        entries.append(_Entries(layer, *put(by_entry.tobytes()), len(by_entry)))
     tables = encode(_Tables(key, frames, entries))
     out.write(tables)
-    head = struct.pack("<QQQ", offset, len(tables), len(versions))
+    head = struct.pack("<QQQ", offset, len(tables), count)
     tail = struct.pack("<II8s", FORMAT_VERSION, 0, _MAGIC)
     out.write(head + hashlib.sha256(tables + head + tail).digest() + tail)
+
+
+def _framed(versions: Iterable[Version]) -> Iterator[tuple[bytes, list[tuple[int, int]], bytes]]:
+    """Give frame by frame the path of the first version, layer and entry of each, and the data."""
+    encode = msgspec.msgpack.Encoder().encode
+    some: list[tuple[int, int]] = []
+    parts: list[bytes] = []
+    first, size = b"", 0
+    for version in versions:
+        part = encode(version)
+        if some and (len(some) == FRAME_VERSIONS or size + len(part) > FRAME_SIZE):
+            yield first, some, _ARRAY.pack(0xDC, len(some)) + b"".join(parts)
+            some, parts, size = [], [], 0
+        first = first if some else version.path
+        some.append((version.layer, version.entry))
+        parts.append(part)
+        size += len(part)
+    if some:
+        yield first, some, _ARRAY.pack(0xDC, len(some)) + b"".join(parts)
 
 
 class RandomAccess(Protocol):
@@ -158,8 +188,9 @@ class History:
         self.key = self._tables.key
         """The store's, under which it is kept."""
         self._firsts = [sort_key(frame.first) for frame in self._tables.frames]
+        self._first_numbers = [frame.number for frame in self._tables.frames]
         self._entries_of = {entries.layer: entries for entries in self._tables.entries}
-        self._frame = lru_cache(_FRAMES_KEPT)(self._decode_frame)
+        self._kept_frame = lru_cache(_FRAMES_KEPT)(self._decode_frame)
         self._numbers = lru_cache(8)(self._decode_numbers)
 
     def close(self) -> None:
@@ -216,7 +247,8 @@ class History:
         if entries is None or not 0 <= entry < entries.count:
             raise IndexError(entry)
         number = self._numbers(layer)[entry]
-        return self._frame(number // FRAME_VERSIONS)[number % FRAME_VERSIONS]
+        frame = bisect.bisect_right(self._first_numbers, number) - 1
+        return self._frame(frame)[number - self._first_numbers[frame]]
 
     def _from(self, path: bytes) -> Iterator[Version]:
         key = sort_key(path)
@@ -226,6 +258,11 @@ class History:
             versions = self._frame(frame)
             start = bisect.bisect_left(versions, key, key=lambda version: sort_key(version.path))
             yield from itertools.islice(versions, start, None)
+
+    def _frame(self, number: int) -> Sequence[Version]:
+        """Give a frame, and keep it, unless it is a single version, which may be large."""
+        first, following = self._first_numbers[number], (*self._first_numbers[number + 1 : number + 2], self._count)[0]
+        return self._decode_frame(number) if following - first == 1 else self._kept_frame(number)
 
     # --- frames -----------------------------------------------------------------------------------------------------
 

@@ -1,8 +1,13 @@
 """Watches a merge, and says what became of every entry of every layer.
 
 What it is: an observer of `ocifs.overlay`, which tells it where each entry went and what a layer takes from the tree
-below. All rules stay there. In memory it holds every version and one reference for each path that is there at the moment;
-it is meant to run in a child process of its own.
+below. All rules stay there. In memory it holds every version and every name; it is meant to run in a child process of its
+own.
+
+Paths are kept as a tree of names, because a few kilobytes of tar can ask for a million directories, each below the one
+before, whose paths would take gigabytes. So memory follows the number of versions, and a version gets its path when it
+goes out. Only what never was in a tree has its path all the time, for its names are of nobody else: there memory follows
+what the tar spells out.
 
 Three steps for each layer
 ==========================
@@ -18,9 +23,10 @@ Not here: the file that versions are kept in (`ocifs.history.file`).
 
 from __future__ import annotations
 
+import heapq
 from typing import TYPE_CHECKING, Final
 
-from ocifs.history.version import Change, End, Version
+from ocifs.history.version import Change, End, Version, sort_key
 from ocifs.overlay.paths import normalised
 from ocifs.overlay.upper import IMPLIED, WHITEOUT, children_of
 from ocifs.tar import EntryType
@@ -45,18 +51,38 @@ _KINDS: Final[dict[int, Kind]] = {
 _Place = tuple[Node, bytes]
 
 
-class Recorder:
-    """Collects `versions`; hand it to `ocifs.overlay.Merge`, tell it each layer's entries before, and `finish`."""
+class _Path:
+    """A path that something had: a name below another one."""
+
+    __slots__ = ("below", "current", "versions")
 
     def __init__(self) -> None:
+        self.below: dict[bytes, _Path] | None = None
         self.versions: list[Version] = []
-        """All of them, by layer, then in stream order; a layer's implied directories behind its entries."""
+        self.current: Version | None = None
+        """What it is at the moment, if it is there."""
+
+    def child(self, name: bytes) -> _Path:
+        if self.below is None:
+            self.below = {}
+        found = self.below.get(name)
+        if found is None:
+            found = self.below[name] = _Path()
+        return found
+
+
+class Recorder:
+    """Collects versions; hand it to `ocifs.overlay.Merge`, tell it each layer's entries before, and `finish`."""
+
+    def __init__(self) -> None:
+        self._root = _Path()
+        self._nowhere: list[Version] = []
+        """What never was in a tree, with its path."""
         self._entries: Iterable[Entry] = ()
-        self._current: dict[bytes, Version] = {}
-        self._holders: dict[bytes, Version] = {}
+        self._holders: dict[_Path, Version] = {}
         self._markers: dict[int, Version] = {}
         self._opaque: set[int] = set()
-        self._gone: set[bytes] = set()
+        self._gone: set[_Path] = set()
         """Paths that the layer took something from."""
         self._upper: Upper | None = None
 
@@ -64,10 +90,11 @@ class Recorder:
         """Say which layer is merged next: its entries, gone through once more."""
         self._entries = entries
 
-    def finish(self) -> list[Version]:
-        """Say that the last layer was merged; gives the versions."""
+    def finish(self) -> Iterator[Version]:
+        """Say that the last layer was merged. Gives the versions, sorted by path, layer and entry; can be called once."""
         self._install()
-        return self.versions
+        self._nowhere.sort(key=_order)
+        return heapq.merge(_sorted(self._root), self._nowhere, key=_order)
 
     # --- a layer on its own -------------------------------------------------------------------------------------------
 
@@ -87,19 +114,20 @@ class Recorder:
                 else:
                     holder[place] = number
                 next_at[place] = number
-        tree = _LayerTree(upper, holder)
+        tree = _LayerTree(upper, holder, self._root)
         devices = {marker.number for hidden in upper.whiteouts.values() for marker in hidden.values()}
         self._opaque = {marker.number for marker in upper.opaque.values()}
         effective = devices | self._opaque
         for number, (entry, place) in enumerate(zip(self._entries, places, strict=True)):
             version = _version(upper.layer, number, entry)
-            self.versions.append(version)
             if place is None:
                 version.change, version.end = Change.NONE, End.LEFT_OUT
                 version.path = b"/".join(normalised(entry.path)[0])
+                self._nowhere.append(version)
                 continue
             directory, name = place
-            version.path = tree.path(directory, name)
+            path = tree.path(directory, name)
+            path.versions.append(version)
             if name.startswith(WHITEOUT) or number in effective:
                 version.change, version.end = Change.MARKER, End.LEFT_OUT
                 if number in effective:
@@ -110,7 +138,7 @@ class Recorder:
             node = upper.linked.get(number)
             taker = tree.taker(directory, name, number, taken_by)
             if taker is None:
-                self._holders[version.path] = version
+                self._holders[path] = version
                 node = children_of(directory)[name] if name else upper.root
             else:
                 version.change, version.end = Change.NONE, End.OVERRIDDEN
@@ -124,19 +152,35 @@ class Recorder:
         """Take what `ocifs.overlay.Observer.removed` says."""
         how = End.OPAQUE if by.entry in self._opaque else End.WHITEOUT
         marker = self._markers.get(by.entry)
-        for there in _paths(path, node):
+        for there in self._there(path, node):
             if self._end(there, how, layer, by.entry) and marker is not None:
                 marker.hides += 1
 
     def replaced(self, layer: int, path: bytes, old: Node, new: Node) -> None:
         """Take what `ocifs.overlay.Observer.replaced` says."""
-        by = self._holders.get(path)
+        found = self._path(path)
+        by = self._holders.get(found)
         whole = old.kind is not Kind.DIR or new.kind is not Kind.DIR
-        for there in _paths(path, old) if whole else (path,):
+        for there in self._there(path, old) if whole else (found,):
             self._end(there, End.REPLACED, layer, IMPLIED if by is None else by.entry)
 
-    def _end(self, path: bytes, how: End, layer: int, entry: int) -> bool:
-        version = self._current.pop(path, None)
+    def _path(self, path: bytes) -> _Path:
+        found = self._root
+        for name in path.split(b"/") if path else ():
+            found = found.child(name)
+        return found
+
+    def _there(self, path: bytes, node: Node) -> Iterator[_Path]:
+        """Give the path of a node of the lower tree, and those of everything below it."""
+        stack = [(self._path(path), node)]
+        while stack:
+            found, node = stack.pop()
+            yield found
+            if node.children:
+                stack.extend((found.child(name), child) for name, child in node.children.items())
+
+    def _end(self, path: _Path, how: End, layer: int, entry: int) -> bool:
+        version, path.current = path.current, None
         if version is None:
             return False
         version.end, version.end_layer, version.end_entry = how, layer, entry
@@ -151,13 +195,13 @@ class Recorder:
         for path, version in self._holders.items():
             self._end(path, End.REPLACED, version.layer, version.entry)
             version.change = Change.CHANGED if path in self._gone else Change.ADDED
-            self._current[path] = version
-        for path in _implied(upper):
-            if path not in self._current:
+            path.current = version
+        for path in _implied(upper, self._root):
+            if path.current is None:
                 change = Change.CHANGED if path in self._gone else Change.ADDED
-                version = Version(path, upper.layer, IMPLIED, change, Kind.DIR, 0, 0o755, 0, 0, 0, 0, -1)
-                self.versions.append(version)
-                self._current[path] = version
+                version = Version(b"", upper.layer, IMPLIED, change, Kind.DIR, 0, 0o755, 0, 0, 0, 0, -1)
+                path.versions.append(version)
+                path.current = version
         self._upper = None
         self._holders, self._markers, self._gone = {}, {}, set()
 
@@ -165,24 +209,24 @@ class Recorder:
 class _LayerTree:
     """Questions about the finished tree of a layer, each answered once."""
 
-    def __init__(self, upper: Upper, holder: dict[_Place, int]) -> None:
+    def __init__(self, upper: Upper, holder: dict[_Place, int], root: _Path) -> None:
         self._upper = upper
         self._holder = holder
-        self._paths: dict[Node, bytes] = {upper.root: b""}
+        self._paths: dict[Node, _Path] = {upper.root: root}
         self._takers: dict[Node, int | None] = {upper.root: None}
 
-    def path(self, directory: Node, name: bytes) -> bytes:
+    def path(self, directory: Node, name: bytes) -> _Path:
         above = self._path_of(directory)
-        return above + b"/" + name if above else name
+        return above.child(name) if name else above
 
-    def _path_of(self, directory: Node) -> bytes:
+    def _path_of(self, directory: Node) -> _Path:
         chain = []
         while directory not in self._paths:
             chain.append(directory)
             directory = self._upper.parents[directory][0]
         for node in reversed(chain):
             parent, name = self._upper.parents[node]
-            self._paths[node] = self._paths[parent] + b"/" + name if self._paths[parent] else name
+            self._paths[node] = self._paths[parent].child(name)
         return self._paths[chain[0] if chain else directory]
 
     def taker(self, directory: Node, name: bytes, number: int, taken_by: dict[int, int]) -> int | None:
@@ -222,7 +266,7 @@ def _version(layer: int, number: int, entry: Entry) -> Version:
         extents.append((file_offset, layer, offset, size))
         offset += size
     return Version(
-        entry.path,
+        b"",
         layer,
         number,
         Change.ADDED,
@@ -259,23 +303,33 @@ def _take(version: Version, node: Node) -> None:
         version.extents = ()
 
 
-def _paths(path: bytes, node: Node) -> Iterator[bytes]:
-    """Give the path of a node and of everything below it."""
-    stack = [(path, node)]
+def _order(version: Version) -> tuple[bytes, int, int]:
+    return sort_key(version.path), version.layer, version.entry
+
+
+def _sorted(root: _Path) -> Iterator[Version]:
+    """Give every version of a path and of those below it, with its path: which is the order of `sort_key`."""
+    stack = [(b"", b"", root)]
     while stack:
-        path, node = stack.pop()
-        yield path
-        if node.children:
-            stack.extend((path + b"/" + name if path else name, child) for name, child in node.children.items())
+        above, name, found = stack.pop()
+        path = above + b"/" + name if above else name
+        found.versions.sort(key=lambda version: (version.layer, version.entry))
+        for version in found.versions:
+            version.path = path
+            yield version
+        found.versions = []  # who takes a version need not keep it
+        below, found.below = found.below, None
+        if below is not None:
+            stack.extend((path, each, below[each]) for each in sorted(below, reverse=True))
 
 
-def _implied(upper: Upper) -> Iterator[bytes]:
+def _implied(upper: Upper, root: _Path) -> Iterator[_Path]:
     """Give the directories of a layer's tree that no entry names, the root too."""
-    stack = [(b"", upper.root)]
+    stack = [(root, upper.root)]
     while stack:
         path, node = stack.pop()
         if node.origin == Origin(upper.layer, IMPLIED):
             yield path
         for name, child in children_of(node).items():
             if child.kind is Kind.DIR:
-                stack.append((path + b"/" + name if path else name, child))
+                stack.append((path.child(name), child))

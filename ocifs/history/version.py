@@ -10,6 +10,11 @@ import enum
 import msgspec
 
 
+def sort_key(path: bytes) -> bytes:
+    """Give what paths are ordered by: no name has a NUL, so below a directory comes before all that follows it."""
+    return path.replace(b"/", b"\0")
+
+
 class Change(enum.IntEnum):
     """What a version was to its path when its layer was put on the ones below."""
 
