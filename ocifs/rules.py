@@ -107,7 +107,7 @@ RULES: Final[Mapping[str, str]] = MappingProxyType(
         "L2": "a symlink target that is empty or longer than 4095 bytes: refused; examined, a file that cannot be read",
         "L3": "more than 255 symlinks on one path, or too much following in one layer: refused; examined, left out",
         "L4": "xattrs beyond what the kernel or EROFS can hold: refused; examined, left out",
-        "L5": "more than 2**20 implied directories in one layer: refused, always",
+        "L5": "more than 2**20 implied directories in one layer, or 2**22 in all: refused, always",
     }
 )
 """Row → what it says, one clause each."""

@@ -964,6 +964,15 @@ def test_l5_endless_implied_directories_are_refused_even_when_examined() -> None
         merge([LayerInput(1, entries())], MergeOptions(examine=True))
 
 
+def test_l5_nor_can_many_layers_ask_for_more_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ocifs.overlay.upper.IMPLIED_ALL_MAX", 10)
+    tars = [layer(entry(f"{number}/a/b/c/f")) for number in range(3)]
+    assert "0/a/b/c/f" in look(merged(tars[:2]), tars)
+    assert "layer 3 is refused by rule L5: entry '2/a/b/c/f'" in refused(*tars)
+    with pytest.raises(DamagedError, match="with those below it the layer asks for over 10 directories"):
+        merged(tars, examine=True)
+
+
 def test_d8_a_sparse_file_has_an_extent_for_each_piece_and_an_empty_one_none() -> None:
     tar = layer(sparse_pax_1_0("s", [(0, b"ab"), (4096, b"cd")], 8192), entry("e"), entry("f", b"xyz"))
     tree = merged([tar])

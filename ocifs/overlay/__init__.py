@@ -52,7 +52,8 @@ L3  over 255 symlinks on one path, or symlinks of over 4,194,304 components foll
     parent refused (examined: left out), on the way to the target of a hard link missing (H6)
 L4  xattrs that are shown: a name over 255 bytes or with nothing behind its namespace, a value over 65,535 bytes, more
     than 65,536 bytes of names and values: refused, for engines fail; left out under examination
-L5  over 1,048,576 implied directories in one layer: refused always, because 4 KiB of tar can ask for 2,048 of them
+L5  over 1,048,576 implied directories in one layer, or four times as many in all layers together: refused always,
+    because 4 KiB of tar can ask for 2,048 of them
 ==  ==================================================================================================================
 
 The mode of a symlink is 0777 whatever its header says: Linux keeps no other.
@@ -63,8 +64,9 @@ in it changes its kind, which costs no more than filling it did); a thousand war
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
+
+import msgspec
 
 from ocifs.overlay.combination import combine
 from ocifs.overlay.mount_points import add_mount_points
@@ -80,8 +82,7 @@ if TYPE_CHECKING:
 __all__ = ["RULES_VERSION", "LayerInput", "Merge", "MergeOptions", "Observer", "merge"]
 
 
-@dataclass(frozen=True, slots=True)
-class LayerInput:
+class LayerInput(msgspec.Struct, frozen=True):
     """One layer to merge. ``entries`` is gone through once, in stream order."""
 
     number: int
@@ -133,6 +134,7 @@ class Merge:
         self.tree = Tree(Node(Kind.DIR, Origin(1, -1), children={}))
         self._observer = observer
         self._applied = 0
+        self._implied = 0
 
     def apply(self, layer: LayerInput) -> None:
         """Put ``layer`` on top. Raises `DamagedError` for what a rule refuses, unless examining."""
@@ -141,8 +143,10 @@ class Merge:
         if not self._applied:
             self.tree.root.origin = Origin(layer.number, -1)
         self._applied += 1
-        upper = Upper(layer, self.tree, self.options, places=self._observer is not None)
+        places = self._observer is not None
+        upper = Upper(layer, self.tree, self.options, places=places, implied=self._implied)
         upper.read(layer)
+        self._implied += upper.implied
         upper.finish()
         if self._observer is not None:
             self._observer.read(upper)

@@ -5,8 +5,9 @@ The theory is in `ocifs.overlay`. Not here: what whiteouts do (`ocifs.overlay.co
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
+
+import msgspec
 
 from ocifs.errors import DamagedError
 from ocifs.overlay.paths import NAME_MAX, PATH_MAX, SPELT_MAX, components, excess, normalised, shown
@@ -31,6 +32,7 @@ FOLLOWED_MAX: Final = (
 XATTR_VALUE_MAX: Final = 65_535  # EROFS has 16 bits for it; Linux allows one byte more
 XATTRS_MAX: Final = 65_536  # bytes; linux/limits.h, XATTR_LIST_MAX for the names, here with the values
 IMPLIED_MAX: Final = 2**20
+IMPLIED_ALL_MAX: Final = 2**22  # in all layers together: some GB, in 10 MB of tar
 WARNINGS_MAX: Final = 1000
 
 IMPLIED: Final = -1
@@ -66,8 +68,7 @@ class _Found(NamedTuple):
 _MISSING: Final = _Found(None)
 
 
-@dataclass(slots=True, eq=False)
-class _Waiting:
+class _Waiting(msgspec.Struct, eq=False):
     """A hard link whose target was not there yet (H5), with everything that was linked to it meanwhile.
 
     ``names`` and ``headers`` belong together pairwise, this link's first.
@@ -82,8 +83,13 @@ class _Waiting:
 class Upper:
     """One layer while it is read."""
 
-    def __init__(self, layer: LayerInput, tree: Tree, options: MergeOptions, *, places: bool = False) -> None:
-        """Begin with an empty root; ``tree`` is the lower, whose warnings go on. ``places`` asks for `places`."""
+    def __init__(
+        self, layer: LayerInput, tree: Tree, options: MergeOptions, *, places: bool = False, implied: int = 0
+    ) -> None:
+        """Begin with an empty root; ``tree`` is the lower, whose warnings go on.
+
+        ``places`` asks for `places`; ``implied`` is how many directories lower layers made that no entry names.
+        """
         self.layer = layer.number
         self.options = options
         self.root = Node(Kind.DIR, Origin(layer.number, IMPLIED), children={})
@@ -110,7 +116,9 @@ class Upper:
         self._waiting: dict[Node, _Waiting] = {}
         self._borrowed: list[tuple[bytes, Entry]] = []
         self._stamps: dict[Node, int] = {}  # number of the last link entry whose header went into a node (H7)
-        self._implied = 0
+        self.implied = 0
+        """Directories made so far that no entry names."""
+        self._implied_before = implied
         self._followed = 0
 
     # --- what is said about an entry --------------------------------------------------------------------------------
@@ -360,9 +368,12 @@ class Upper:
 
     def _imply(self, parent: Node, name: bytes, entry: Entry) -> Node:
         """Make a directory that no entry names."""
-        self._implied += 1
-        if self._implied > IMPLIED_MAX:
+        self.implied += 1
+        if self.implied > IMPLIED_MAX:
             raise self._error("L5", entry, f"the layer asks for over {IMPLIED_MAX} directories that no entry names")
+        if self.implied + self._implied_before > IMPLIED_ALL_MAX:
+            problem = f"with those below it the layer asks for over {IMPLIED_ALL_MAX} directories that no entry names"
+            raise self._error("L5", entry, problem)
         directory = Node(Kind.DIR, Origin(self.layer, IMPLIED), children={})
         if self.places is not None:
             self.parents[directory] = parent, name
