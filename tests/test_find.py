@@ -210,6 +210,7 @@ def test_extended_attributes_are_tested_by_name(ocifs: Run, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--deleted"], "there is no test '--deleted'; options stand before REF"),
         (["-exec", "rm"], "there is no test '-exec'; 'ocifs find --help' lists them"),
         (["-name"], "-name's argument is missing at the end of the expression"),
         (["(", "-true"], "a ) is missing"),

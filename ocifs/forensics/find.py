@@ -252,7 +252,8 @@ class _Parser:
             return _always
         make = _TESTS.get(word)
         if make is None:
-            raise UsageError(f"find: there is no test {word!r}; 'ocifs find --help' lists them")
+            what = "options stand before REF" if word.startswith("--") else "'ocifs find --help' lists them"
+            raise UsageError(f"find: there is no test {word!r}; {what}")
         return make(self._next(f"{word}'s argument"), self._around)
 
 
