@@ -102,7 +102,8 @@ class Merged:
     def steps(self) -> Iterator[Step]:
         """Go through everything once. The caller may ask for the data of the step it was given last, not of others.
 
-        Raises ChangedWhileReadError, MachineError; UnsupportedError for what an upper directory alone does not tell.
+        Raises ChangedWhileReadError, MachineError; UnsupportedError for what an upper directory alone does not tell, and
+        for paths over PATH_MAX, which no engine can make (and without end they would take memory without end).
         """
         top, root = self._upper.top, self.view.root
         yield Present(b"", top, root)
