@@ -9,7 +9,6 @@ Not here: any rule about whiteouts or parents (`ocifs.overlay`), any byte layout
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
 
 import msgspec
 
@@ -45,8 +44,7 @@ class Origin(msgspec.Struct, frozen=True, gc=False):
     entry: int
 
 
-@dataclass(slots=True, eq=False)
-class Node:
+class Node(msgspec.Struct, eq=False):
     """One inode. Two names of one file are the same `Node` object in two directories.
 
     ``mode`` is the 12 permission bits. ``mtime_ns`` is nanoseconds since the epoch, never negative. ``size`` is the
@@ -78,9 +76,8 @@ class Warned(msgspec.Struct, frozen=True, gc=False):
     message: str
 
 
-@dataclass(slots=True, eq=False)
-class Tree:
+class Tree(msgspec.Struct, eq=False):
     """A merged image: the root directory and what was noticed while merging, in the order it was noticed."""
 
     root: Node
-    warnings: list[Warned] = field(default_factory=list)
+    warnings: list[Warned] = msgspec.field(default_factory=list)

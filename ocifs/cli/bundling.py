@@ -6,7 +6,6 @@ What a container is made of is for `ocifs.bundle` to know; here are the words fo
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import sys
@@ -221,7 +220,7 @@ def _in_a_namespace(choice: Choice) -> tuple[Choice, int]:
     from ocifs.daemon.records import RUNTIME_VARIABLE, runtime_dir
     from ocifs.store import default_path
 
-    choice = dataclasses.replace(choice, cache_dir=choice.cache_dir or str(default_path()))
+    choice = choice._replace(cache_dir=choice.cache_dir or str(default_path()))
     os.environ[RUNTIME_VARIABLE] = str(runtime_dir())
     return choice, enter()
 

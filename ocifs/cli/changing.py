@@ -11,9 +11,8 @@ import contextlib
 import functools
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar, cast
 
 import click
 
@@ -38,8 +37,7 @@ _EPOCH: Final = "SOURCE_DATE_EPOCH"
 """https://reproducible-builds.org/specs/source-date-epoch/"""
 
 
-@dataclass(frozen=True)
-class Where:
+class Where(NamedTuple):
     """A bundle; or an upper directory, the image below it, and whose notes of overlayfs count there."""
 
     directory: str

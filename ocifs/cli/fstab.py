@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 import shlex
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -124,7 +123,7 @@ def _understood(options: list[str], choice: Choice, *, sloppy: bool) -> tuple[st
                     raise
                 continue
             words.append(option)
-    choice = replace(choice, **chosen)  # type: ignore[arg-type]  # each name is a field, each value of its type
+    choice = choice._replace(**chosen)  # type: ignore[arg-type]  # each name is a field, each value of its type
     choice.image_options()
     choice.cache_bytes()
     return driver, words, choice

@@ -14,9 +14,8 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar, cast
 
 import click
 
@@ -41,8 +40,7 @@ _MAX_WARNINGS: Final = 50
 """Warnings shown without -vv: an image may have thousands of the same kind."""
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """What the shared options say. Those that a command does not have keep their defaults."""
 
     cache_dir: str | None = None
@@ -179,7 +177,7 @@ _MEMORY: Final = (
         "--cache-memory", metavar="SIZE", help="Decoded data to keep in memory, as 64M or 1GiB.  [default: 128MiB]"
     ),
 )
-_NAMES: Final = frozenset(Choice.__dataclass_fields__)
+_NAMES: Final = frozenset(Choice._fields)
 
 
 def _declared(groups: Sequence[Sequence[Callable[[_F], _F]]]) -> Callable[[_F], _F]:

@@ -19,7 +19,6 @@ import os
 import socket
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, BinaryIO, Final, NamedTuple, Self
 
@@ -145,7 +144,8 @@ class _Bench:
     """The other side: makes one thing after the other."""
 
     def __init__(self, image: Image, store: Store, options: ImageOptions, reports: Mapping[str, Report]) -> None:
-        self._image = replace(image, evidence=None)  # the log is the daemon's, which says what it had made
+        # The log is the daemon's, which says what it had made.
+        self._image = msgspec.structs.replace(image, evidence=None)
         self._store = store
         self._reports = reports
         self._options = msgspec.structs.replace(options, examine=True, layer=None)

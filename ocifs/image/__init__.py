@@ -23,7 +23,6 @@ Not here: how anything is found (`ocifs.sources`), kept (`ocifs.store`), indexed
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import hashlib
 import logging
@@ -31,7 +30,6 @@ import os
 import resource
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 import msgspec
@@ -102,8 +100,7 @@ class ImageOptions(msgspec.Struct, frozen=True):
     """Of an artifact, show blobs that are tars as directories."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Resolved:
+class Resolved(msgspec.Struct, frozen=True, eq=False):
     """A reference with the documents it leads to."""
 
     reference: Reference
@@ -115,8 +112,7 @@ class Resolved:
         return self.image.warnings
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Image:
+class Image(msgspec.Struct, frozen=True, eq=False):
     """An open image: documents, layers and tree. ``layers`` are those that are part of the tree."""
 
     resolved: Resolved
@@ -281,7 +277,7 @@ def open_image(
         except BaseException:
             image.close()
             raise
-        image = dataclasses.replace(image, evidence=evidence)
+        image = msgspec.structs.replace(image, evidence=evidence)
     return image
 
 

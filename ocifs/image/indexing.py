@@ -10,7 +10,6 @@ import logging
 import os
 import select
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
 import msgspec
@@ -83,8 +82,7 @@ class Silent:
         """Nothing."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class OpenLayer:
+class OpenLayer(msgspec.Struct, frozen=True, eq=False):
     """A layer with its index, and the file its spans are read from."""
 
     blob: LayerBlob

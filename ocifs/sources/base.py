@@ -11,7 +11,6 @@ Not here: how any source is laid out (the modules beside this one), decompressio
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import msgspec
@@ -62,8 +61,7 @@ class Blob(Protocol):
         """Let go of the file. Further calls do nothing."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class LayerBlob:
+class LayerBlob(msgspec.Struct, frozen=True, eq=False):
     """One layer as its source knows it. Holds no open file: `open` gives a blob that the caller closes.
 
     ``digest`` is of the stored bytes; None in a docker-archive, which does not say. ``diff_id`` is None only where the
@@ -120,8 +118,7 @@ class Offered(msgspec.Struct, frozen=True):
         return " ".join(words)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class ResolvedImage:
+class ResolvedImage(msgspec.Struct, frozen=True, eq=False):
     """One image, chosen and verified: documents as read, and layers ready to be opened.
 
     For an artifact ``artifact`` says what it is (`ocifs.spec.artifact_kind`), ``config`` may be None, and its layers
