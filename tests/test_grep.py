@@ -114,9 +114,9 @@ def test_what_was_deleted_and_what_is_no_file_is_searched(ocifs: Run, tmp_path: 
         }
     ]
     hidden = rows(ocifs, "--slack", ref, "hidden/payload|behind the end")
-    assert [(row["path"], row["layer"], row["layer_offset"], row["match"]) for row in hidden] == [
-        (None, 5, 7168, "hidden/payload"),
-        (None, 5, 7680, "behind the end"),
+    assert [(row["path"], row["offset"], row["layer"], row["layer_offset"], row["match"]) for row in hidden] == [
+        (None, None, 5, 7168, "hidden/payload"),
+        (None, None, 5, 7680, "behind the end"),
     ]
     assert lines(ocifs, "--slack", ref, "behind ...") == [b"L05@7680:behind the"]
 

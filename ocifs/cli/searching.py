@@ -188,7 +188,7 @@ def grep(choice: Choice, ref: str, pattern: str, *, scope: str, slack: bool, as_
     longer than 1 MiB may be cut there, and holes are not searched. A binary file (a NUL in its first 32 KiB) is only said to
     match, on standard error, unless -a, -o or --json is given. Slack is LNN@OFFSET, as in the layer's uncompressed tar.
 
-    Fields of --json, for each match, are path (null for slack), layer, entry, offset (in the file), data_layer and
+    Fields of --json, for each match, are path, entry and offset in the file (all null for slack), layer, data_layer and
     layer_offset (where that is), size, match, line (null in binary files), binary. Exit status: 0 if something matches, 1 if
     nothing does; any failure has its own, as of every command.
     """
@@ -295,7 +295,7 @@ class _Told:
                     "path": "/" + output.decode(version.path) if version else None,
                     "layer": version.layer if version else stream.layer,
                     "entry": version.entry if version else None,
-                    "offset": match.file_offset,
+                    "offset": match.file_offset if version else None,
                     "data_layer": stream.layer,
                     "layer_offset": match.layer_offset,
                     "size": len(match.text),
