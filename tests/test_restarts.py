@@ -284,6 +284,47 @@ def test_where_it_falls_silent_a_block_has_ended(stream: str, monkeypatch: pytes
     assert bool(seen) == (stream not in {"longest matches", "seemingly stored"})
 
 
+def test_what_a_step_has_left_in_the_decompressor_is_not_taken_for_the_next_pieces(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # A chunk ends within a block's header; the last step of it decodes to more than comes out at once.
+    monkeypatch.setattr(restarts, "_MAX_PIECE", 40_000)
+    header = 100
+    last = deflate.BlockWriter({**dict.fromkeys(range(128), 8), 256: 1}, {0: 1, 1: 1})
+    for number in range(70_000):
+        last.literal(number % 128)
+    size = (1 << 18) - 10 - header
+    data = random.Random(5).randbytes(size - 5 * -(-size // 65_540))
+    raw = b"".join(
+        b"\0" + struct.pack("<HH", len(part), len(part) ^ 0xFFFF) + part
+        for part in (data[at : at + 65_535] for at in range(0, len(data), 65_535))
+    )
+    assert len(raw) == size
+    whole = data + bytes(number % 128 for number in range(70_000))
+    seen = []
+
+    def proven(_self: object, silence: restarts._Silence, _data: bytes, *, ends: bool) -> None:
+        del ends
+        seen.append(silence)
+
+    monkeypatch.setattr(restarts._Walk, "_proven", proven)
+    stored = member(b"")[:10] + raw + last.end() + struct.pack("<II", zlib.crc32(whole), len(whole))
+    for span in range(150_000, 260_000, 10_000):
+        assert walked(stored, span)[0] == whole
+    assert seen
+    for silence in seen:
+        assert silence.spoke <= 10 + size <= silence.fell + 1
+
+
+@pytest.mark.parametrize("level", [1, 6, 0])
+def test_a_member_may_end_in_what_a_step_has_left(level: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = text()[:138_231]
+    stored = member(data, level) + member(b"second")
+    for most in (*range(len(data) - 40, len(data) + 3), len(data) // 2, len(data) // 3):
+        monkeypatch.setattr(restarts, "_MAX_PIECE", most)
+        assert walked(stored, 1 << 30)[0] == data + b"second"
+
+
 def test_two_places_that_fit_are_no_proof(monkeypatch: pytest.MonkeyPatch) -> None:
     honest = restarts._possible
 

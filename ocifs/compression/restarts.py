@@ -12,7 +12,8 @@ and 5 extra, 15 of a distance's and 13 extra), and comes out as soon as they are
 last symbol that had any, which ended in the piece before, was the last of its block. What follows are the code that ends the
 block, of 15 bits at most, empty blocks, and the header of the next block that is not empty. So wherever that was, the next
 block, empty or not, begins *in the piece before the silence or in the 15 bits behind it*. (The header of a block with
-dynamic codes takes 40 to 100 bytes, so that one piece falls within.)
+dynamic codes takes 40 to 100 bytes, so that one piece falls within.) A step that inflates to more than may come out at once
+leaves output behind in the decompressor, so that is taken out before the next begins.
 
 Stored data comes out as it went in, and is followed to its end by the length that its header says; the next stored block's
 header takes 5 bytes only. There the decompressor is fed single bytes: if two give nothing and the next gives one or two
@@ -56,7 +57,8 @@ _MAX_RECENT: Final = 64
 """Pieces of output that are kept before they are joined."""
 
 _MAX_PIECE: Final = 4 << 20
-"""Bytes given out at once at most, however much a step inflates to."""
+"""Bytes given out at once, and what the decompressor holds, at most, however much a step inflates to; more than a piece of
+`_PROBE` bytes can."""
 
 _PROBE: Final = 32
 """Bytes fed at a time while a block is looked for: less than half of most headers, so that one piece falls within."""
@@ -239,6 +241,9 @@ class _Walk:
             raise _does_not_inflate(error) from None
         self._at += len(stored) - len(self._inflater.unconsumed_tail) - len(self._inflater.unused_data)
         self._decoded(data)
+        if len(data) == _MAX_PIECE and stored and not self._inflater.eof:
+            # What isal holds, 64 KiB at most, would come out with the next piece, which then did not speak for itself.
+            data += self._decompress(memoryview(b""))
         return data
 
     def _decoded(self, data: bytes) -> None:
