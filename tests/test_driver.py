@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,6 +19,7 @@ from ocifs import kernel
 from ocifs.driver import Verdict, check_options, choice, choose, erofs_verdict, probe, probing, session
 from ocifs.driver.options import libfuse_options
 from ocifs.errors import MachineError, OcifsError, UsageError
+from tests.support.mounting import run
 
 WORKS = Verdict(works=True)
 FAILS = Verdict(works=False, reason="this kernel cannot be trusted")
@@ -446,3 +449,39 @@ def test_a_wait_that_is_none_neither_spins_nor_disarms_nor_counts(waits: Waits) 
     waits.wait(1.0)
     assert waits.wait(0.0, timeout=0) == (0, [])
     assert waits.wait(0.0001)[0] == 0
+
+
+# -- memory ----------------------------------------------------------------------------------------------------------
+
+HEAPS = """
+import re, threading
+from ocifs.driver import session
+session._keep_heap()
+def megabytes(pattern):
+    lines = [line for line in open("/proc/self/maps") if re.search(pattern, line)]
+    sizes = [int(end, 16) - int(begin, 16) for begin, end in (line.split()[0].split("-") for line in lines)]
+    return max(size >> 20 for size in sizes)
+def heap():
+    return megabytes("heap")
+kept = []
+threads = [threading.Thread(target=lambda: kept.append(bytes(10 << 20))) for _ in range(4)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+full = heap()
+kept.clear()
+empty = heap()
+bytes(6 << 20)
+print(full, empty, heap(), megabytes(" ---p "))
+"""
+"""Prints MiB of the heap: when threads have 40, when they are free, after a piece of 6; and the most reserved for others."""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="this C library has no such knobs")
+def test_threads_take_large_pieces_from_one_heap_which_keeps_some_room() -> None:
+    full, empty, after, reserved = map(int, run([sys.executable, "-c", HEAPS]).stdout.split())
+    assert 40 <= full < 60
+    assert empty < 10
+    assert 6 <= after < 20
+    assert reserved < 32, "glibc reserves 64 MiB for a heap of a thread"
