@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,41 @@ def test_a_line_of_fstab_is_mounted_by_its_directory_alone(helper: Path, place: 
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.endswith(MOTD)
     assert (tmp_path / "own cache" / "layers").is_dir()
+
+
+AUTOMOUNT = """
+import fcntl, os, struct, subprocess, sys
+how, place, *mount = sys.argv[1:]
+told, tell = os.pipe()
+os.set_inheritable(tell, True)
+# Whoever serves autofs, and its group, sees what lies below.
+serving = os.getpgrp() if how == "looked at" else subprocess.Popen(["sleep", "100"], start_new_session=True).pid
+options = f"fd={tell},pgrp={serving},minproto=5,maxproto=5,direct"
+subprocess.run(["mount", "-t", "autofs", "-o", options, "systemd-1", place], check=True, close_fds=False)
+os.close(tell)
+if how == "by hand":
+    status = subprocess.run([*mount, place]).returncode
+    os.kill(serving, 9)
+    sys.exit(status or subprocess.run(["cat", f"{place}/etc/motd"]).returncode)
+root = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
+reader = subprocess.Popen(["cat", f"{place}/etc/motd"], start_new_session=True)
+token = struct.unpack_from("=iiI", os.read(told, 4096))[2]
+status = subprocess.run([*mount, place]).returncode
+fcntl.ioctl(root, 0x9361 if status else 0x9360, token)
+sys.exit(reader.wait() or status)
+"""
+"""What systemd.automount(5) does (Documentation/filesystems/autofs.rst of the kernel, linux/auto_fs.h): somebody looks into
+the directory and waits until the mount command has ended. Or somebody runs that before anybody has looked."""
+
+
+@pytest.mark.skipif(
+    "\tautofs\n" not in Path("/proc/filesystems").read_text("ascii"), reason="this kernel has no autofs"
+)
+@pytest.mark.parametrize("how", ["looked at", "by hand"])
+def test_an_automount_is_mounted(helper: Path, place: Path, driver: str, how: str) -> None:
+    mount = f'"$2" -c "$3" "{how}" "$1" mount -t fuse.ocifs -o ro,driver={driver} "$4"'
+    done = in_a_namespace(helper, f'{mount}; umount "$1"; umount "$1"', place, sys.executable, AUTOMOUNT, SAMPLE)
+    assert (done.returncode, done.stdout, done.stderr) == (0, MOTD, "")
 
 
 @pytest.mark.skipif(why_not("erofs") != "", reason=why_not("erofs"))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import logging
 import os
 import re
 import shutil
@@ -36,7 +37,9 @@ from ocifs.mountinfo import mounted_at, mounts, roots
 from ocifs.rootfs import RootFS, SymlinkLoopError, view
 from ocifs.rules import MountPoint
 from ocifs.spans import DEFAULT_CACHE
-from ocifs.spec import ImageConfig
+from ocifs.spec import ImageConfig, printable
+
+_log = logging.getLogger(__name__)
 
 CONFIG: Final = "config.json"
 
@@ -252,13 +255,24 @@ def _image_of(place: Path) -> str | None:
 
 
 def _copy_root(image: Image, upper: Path) -> None:
-    """Give the upper directory what the image's root has: the overlay's root shows the upper one's attributes."""
+    """Give the upper directory what the image's root has: the overlay's root shows the upper one's attributes.
+
+    In a user namespace there may be no such owner, and some attributes cannot be given: those the container lacks.
+    """
     shown = view(image)
     root = shown.inode(shown.root)
-    try:
-        for name, value in shown.xattrs(shown.root).items():
+    for name, value in shown.xattrs(shown.root).items():
+        try:
             os.setxattr(upper, name, value)
+        except OSError as error:
+            _log.warning(
+                "the container's root lacks the attribute %s: %s", printable(os.fsdecode(name)), error.strerror
+            )
+    try:
         os.chown(upper, root.uid, root.gid)
+    except OSError as error:
+        _log.warning("the container's root does not belong to %d:%d: %s", root.uid, root.gid, error.strerror)
+    try:
         os.chmod(upper, root.mode & 0o7777)
         os.utime(upper, ns=(root.mtime_ns, root.mtime_ns))
     except OSError as error:

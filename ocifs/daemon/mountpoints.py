@@ -23,6 +23,9 @@ from ocifs.mountinfo import MountEntry, mount_of, mounted_at, mounts
 
 _log = logging.getLogger(__name__)
 
+_AUTOMOUNT = "autofs"
+"""What systemd.automount(5) mounts on a directory, to be told when somebody looks into it."""
+
 GOODBYE = 10.0
 """Seconds `unmount` waits by default for a daemon to be gone before it says what may hold it."""
 
@@ -67,6 +70,9 @@ def prepare_mountpoint(mountpoint: Path, *, nonempty: bool = False) -> Path:
                 raise BusyError(message)
             _log.warning("removing the dead mount that a killed daemon left at %s", path)
             unmounted(path, lazy=True)
+    trigger = mounted_at(path)
+    if trigger is not None and trigger.fs_type == _AUTOMOUNT:
+        return path  # looking into it would wait for the very mount that we are asked for
     try:
         names = os.listdir(path)
     except FileNotFoundError:

@@ -70,8 +70,8 @@ def runtime_dir() -> Path:
             f"cannot make the runtime directory {path}: {error.strerror}; set XDG_RUNTIME_DIR to a directory of yours"
         )
         raise MachineError(message) from error
-    if status.st_uid != os.geteuid() or status.st_mode & 0o022 or not path.is_dir():
-        message = f"the runtime directory {path} is not yours alone, or no directory; remove it or set XDG_RUNTIME_DIR"
+    if status.st_uid != os.geteuid() or status.st_mode & 0o077 or not path.is_dir():
+        message = f"the runtime directory {path} is none of yours alone (mode 0700); remove it or set XDG_RUNTIME_DIR"
         raise MachineError(message)
     return path
 

@@ -120,6 +120,8 @@ def run_background(serve: Serve, record: Record, claim: Claim) -> Record:
         claim.hand_over()
 
 
+_ENDING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Blocked in a daemon from its beginning until its session listens, which ends in order (`ocifs.driver.session`)."""
 _READY: Final = b"ready\n"
 _HEARD: Final = b"!"
 """The answer to `_READY`: without it nobody knows of the mount, and the daemon ends."""
@@ -145,6 +147,7 @@ def _fork_daemon(serve: Serve, record: Record, claim: Claim, starter: socket.soc
     """Be the process between the command and the daemon, for a moment."""
     status = 0
     try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
         if os.fork() == 0:
             _daemon(serve, record, claim, starter)
     except OSError as error:
@@ -167,7 +170,6 @@ def _daemon(serve: Serve, record: Record, claim: Claim, starter: socket.socket) 
     """Be the daemon; never returns. What goes wrong before readiness is told to the starter, later to the log."""
     status, keep_log = 0, False
     try:
-        os.setsid()
         os.chdir("/")
         _forget_handlers()
         _close_inherited()
@@ -178,6 +180,9 @@ def _daemon(serve: Serve, record: Record, claim: Claim, starter: socket.socket) 
             os.dup2(null, stream)
 
         def announce() -> None:
+            # Not before: of what systemd.automount(5) has mounted, only its own process group can see what lies below
+            # while it waits for us, and mount(8) and its helpers are in that.
+            os.setsid()
             heard = b""
             with contextlib.suppress(OSError):
                 starter.sendall(_READY)
@@ -209,7 +214,7 @@ def _forget_handlers() -> None:
     for number in signal.valid_signals():
         if callable(signal.getsignal(number)):
             signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    signal.pthread_sigmask(signal.SIG_SETMASK, _ENDING)
 
 
 def _close_inherited() -> None:
