@@ -38,7 +38,7 @@ import trio
 
 from ocifs.errors import MachineError, OcifsError
 from ocifs.forensics import attributes
-from ocifs.forensics.hashes import MAX_HOLES
+from ocifs.forensics.examination import MAX_HOLES
 from ocifs.forensics.views import number
 from ocifs.forensics.workshop import Answer, Report, Wanted, Workshop
 from ocifs.forest import Content, Document, Folder, Forest, Joined, Once, Values

@@ -13,7 +13,6 @@ Not here: progress reports and second attempts (`ocifs.layer_index.child`).
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
 import os
 import select
@@ -122,6 +121,8 @@ def _fork(main: Callable[[int], None], doing: str, mask: set[signal.Signals | in
 def _live(main: Callable[[int], None], pipe: int, parent: int, mask: set[signal.Signals | int]) -> Never:
     status = 1
     try:
+        import ctypes  # noqa: PLC0415 (1.5 ms, for the few commands that have something to build)
+
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() == parent:  # else it died before the line above
             signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -37,8 +37,6 @@ def log_to_background(path: Path) -> None:
 
     Raises `MachineError` if there is no room for the file.
     """
-    import logging.handlers  # noqa: PLC0415 (pulls in sockets and pickle, which nothing else needs)
-
     # What cannot be logged, because the disk is full or the system's log is gone, is lost. Else the logging module says so
     # with a traceback, on the standard error of the command that is waiting for us.
     logging.raiseExceptions = False
@@ -53,8 +51,10 @@ def log_to_background(path: Path) -> None:
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     root.addHandler(file)
     if Path("/dev/log").exists():
+        from logging.handlers import SysLogHandler  # noqa: PLC0415 (2 ms for who waits for the mount, where there is such a log)
+
         with contextlib.suppress(OSError):
-            system = logging.handlers.SysLogHandler("/dev/log", logging.handlers.SysLogHandler.LOG_DAEMON)
+            system = SysLogHandler("/dev/log", SysLogHandler.LOG_DAEMON)
             system.setFormatter(logging.Formatter(f"ocifs[{os.getpid()}]: %(message)s"))
             root.addHandler(system)
 

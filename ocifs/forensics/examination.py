@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 PIECE_SIZE: Final = 1 << 20
 """Bytes of data given out at a time at most."""
+MAX_HOLES: Final = 4 << 30
+"""Bytes of holes in a file above which it is not hashed: an image can claim an exabyte of them at no cost."""
 
 
 class Examination:

@@ -13,6 +13,7 @@ import hashlib
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from ocifs.errors import DamagedError
+from ocifs.forensics.examination import MAX_HOLES
 from ocifs.forensics.sweep import Stream, Wanted, sweep
 from ocifs.tree import Kind
 
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
 
 ALGORITHMS: Final = ("md5", "sha1", "sha256")
 """What can be asked for, in the order in which hash lists have them."""
-MAX_HOLES: Final = 4 << 30
-"""Bytes of holes in a file above which it is not hashed: an image can claim an exabyte of them at no cost."""
 
 _SIZES: Final = {"md5": 16, "sha1": 20, "sha256": 32}
 _ZEROS: Final = bytes(1 << 20)

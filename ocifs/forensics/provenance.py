@@ -15,6 +15,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 from ocifs.errors import DamagedError, NotFoundError
+from ocifs.forensics.examination import MAX_HOLES, Examination
 from ocifs.history import Change, End
 from ocifs.overlay.paths import normalised, shown
 from ocifs.tree import Kind
@@ -22,7 +23,6 @@ from ocifs.tree import Kind
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ocifs.forensics.examination import Examination
     from ocifs.history import History, Version
 
 _MAX_LINKS: Final = 40
@@ -134,8 +134,6 @@ def content_hash(examination: Examination, version: Version) -> str:
 
     Raises `DamagedError` if they cannot be read, or if the file has more holes than anybody wants to hash.
     """
-    from ocifs.forensics.hashes import MAX_HOLES  # noqa: PLC0415 (most questions hash nothing)
-
     if version.size - sum(size for _, _, _, size in version.extents) > MAX_HOLES:
         raise DamagedError(f"it has holes of more than {MAX_HOLES >> 30} GiB together, which are not hashed")
     hasher = hashlib.sha256()

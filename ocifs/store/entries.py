@@ -10,7 +10,6 @@ import enum
 import errno
 import fcntl
 import os
-import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, Self
@@ -109,7 +108,7 @@ class NewFile:
         self._tmp = tmp
         self._target = target
         self._notify = published
-        self._name = f"{kind.value}.{os.getpid()}.{secrets.token_hex(8)}"
+        self._name = f"{kind.value}.{os.getpid()}.{os.urandom(8).hex()}"
         with said_plainly(path, "write to"):
             fd = os.open(self._name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=tmp)
             try:
