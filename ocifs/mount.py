@@ -158,6 +158,7 @@ def reserve(directory: Path, *, wanted: str = "auto", words: Sequence[str] = (),
     `NotFoundError` or, if the place is taken or not empty, `BusyError`.
     """
     options = driver.check_options(words)
+    driver.check_allowed(options)
     daemon.check_machine()
     mountpoint = daemon.prepare_mountpoint(directory, nonempty="nonempty" in options)
     used, reason = driver.choose(wanted, options=options, examining=examining, runtime=daemon.runtime_dir())

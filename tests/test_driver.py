@@ -16,7 +16,7 @@ import msgspec
 import pytest
 
 from ocifs import kernel
-from ocifs.driver import Verdict, check_options, choice, choose, erofs_verdict, probe, probing, session
+from ocifs.driver import Verdict, check_allowed, check_options, choice, choose, erofs_verdict, probe, probing, session
 from ocifs.driver.options import libfuse_options
 from ocifs.errors import MachineError, OcifsError, UsageError
 from tests.support.mounting import run
@@ -64,6 +64,20 @@ def test_unknown_options_are_named_with_those_that_are_known(word: str) -> None:
         f"the option {word!r} is not known; known are allow_other, allow_root, atime, auto_unmount, "
         "default_permissions, dev, exec, noatime, nodev, noexec, nonempty, nosuid, ro, suid"
     )
+
+
+@pytest.mark.parametrize("word", ["allow_other", "allow_root"])
+def test_what_only_root_may_say_is_refused_before_anything_is_done(monkeypatch: pytest.MonkeyPatch, word: str) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 1234)
+    monkeypatch.setattr("ocifs.driver.options.others_allowed", lambda: False)
+    check_allowed(["nosuid", "nodev"])
+    with pytest.raises(MachineError) as caught:
+        check_allowed(["nosuid", word])
+    assert str(caught.value) == (
+        f"only root may say {word} on this machine, until root adds a line user_allow_other to /etc/fuse.conf"
+    )
+    monkeypatch.setattr("ocifs.driver.options.others_allowed", lambda: True)
+    check_allowed(["nosuid", word])
 
 
 def test_what_libfuse_is_told() -> None:

@@ -33,6 +33,8 @@ _NOT_OURS: Final = frozenset(
 _SWITCHES: Final = ("examine", "show_whiteout_devices", "follow_dirlinks", "all_xattrs")
 _VALUES: Final = ("platform", "namespace", "root", "cache_dir", "cache_memory")
 _NUMBERS: Final = ("upto", "layer")
+_OURS: Final = (*_SWITCHES, *(f"{name}=" for name in ("driver", *_VALUES, *_NUMBERS)))
+
 
 _USAGE_STATUS: Final = 1
 _FAILED_STATUS: Final = 32
@@ -103,7 +105,9 @@ def _understood(options: list[str], choice: Choice, *, sloppy: bool) -> tuple[st
         if option == "rw":
             # It stands there as well if nobody said anything, so it cannot be refused. mount(8) says the same of a disk.
             output.complain("warning: an image is write-protected, mounted read-only; say ro to say so")
-        elif name == "driver" and value in DRIVERS:
+        elif equals and name == "driver":
+            if value not in DRIVERS:
+                raise UsageError(f"the option {option!r} wants one of {', '.join(DRIVERS)}")
             driver = value
         elif name == "examine" and equals:
             chosen["examine"], chosen["views"] = True, value
@@ -117,7 +121,7 @@ def _understood(options: list[str], choice: Choice, *, sloppy: bool) -> tuple[st
             chosen[name] = int(value)
         else:
             try:
-                check_options([option])
+                check_options([option], more=_OURS)
             except UsageError:
                 if not sloppy or option == "remount":
                     raise

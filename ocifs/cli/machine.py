@@ -173,11 +173,11 @@ def _fusermount() -> Finding:
 
 
 def _allow_other() -> Finding:
+    from ocifs.driver import others_allowed
+
     name, purpose = "user_allow_other", "-o allow_other without root"
-    with contextlib.suppress(OSError):
-        lines = Path("/etc/fuse.conf").read_text(encoding="utf-8", errors="replace").splitlines()
-        if "user_allow_other" in (line.strip() for line in lines):
-            return _there(name, purpose, "set in /etc/fuse.conf")
+    if others_allowed():
+        return _there(name, purpose, "set in /etc/fuse.conf")
     advice = "as root, add a line user_allow_other to /etc/fuse.conf"
     return _lacking(name, purpose, "not set in /etc/fuse.conf", advice)
 

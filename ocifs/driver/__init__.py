@@ -30,7 +30,7 @@ Concurrency contract
 """
 
 from ocifs.driver.choice import DRIVERS, EROFS_SINCE, choose, erofs_verdict
-from ocifs.driver.options import check_options, evidence_options
+from ocifs.driver.options import check_allowed, check_options, evidence_options, others_allowed
 from ocifs.driver.probing import Verdict, probe
 from ocifs.driver.serving import serve_erofs, serve_fuse
 from ocifs.driver.session import Keeper, Statistics
@@ -41,10 +41,12 @@ __all__ = [
     "Keeper",
     "Statistics",
     "Verdict",
+    "check_allowed",
     "check_options",
     "choose",
     "erofs_verdict",
     "evidence_options",
+    "others_allowed",
     "probe",
     "serve_erofs",
     "serve_fuse",
