@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import signal
 import subprocess
@@ -275,6 +276,17 @@ def test_help_loads_nothing_of_ocifs_but_the_table_of_commands() -> None:
     assert loaded == {"ocifs", "ocifs.errors", "ocifs.cli", "ocifs.cli.commands", "ocifs.cli.output"}
 
 
+def test_a_process_of_ocifs_ends_without_looking_for_cycles() -> None:
+    program = (
+        "import atexit, gc, sys\n"
+        "atexit.register(lambda: print(len(gc.get_objects()) < 100 < gc.get_freeze_count(), file=sys.stderr))\n"
+        "from ocifs.cli import main\n"
+        "sys.argv = ['ocifs', '--help']\nsys.exit(main())"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stderr == "True\n"
+
+
 # -- values --------------------------------------------------------------------------------------------------------
 
 
@@ -318,5 +330,7 @@ def test_a_time_that_no_calendar_has_is_shown_as_seconds() -> None:
 
 
 def test_main_gives_the_status_back_without_ending_the_process(capfd: Any) -> None:
+    collecting = gc.get_threshold()
     assert main(["--help"]) == 0
     assert capfd.readouterr().out.startswith("Usage: ocifs ")
+    assert gc.get_threshold() == collecting
