@@ -19,7 +19,7 @@ annotations of manifests       nothing
 =============================  ========================================================================================
 
 Labels that make a runtime itself do something (`_UNSAFE`) are left out, and said so: an image must not choose what runs on
-the host.
+the host. So is one without a name, which the runtime specification does not allow (config.md, "Annotations").
 
 Where ``umoci unpack`` writes something else (0.4.7; ``tests/test_bundle_config.py`` holds the two together)
     - its base is an older example: hostname ``umoci-default``, inheritable and ambient capabilities, fewer masked paths,
@@ -54,8 +54,8 @@ from ocifs.tree import Kind
 _log = logging.getLogger(__name__)
 
 _PREFIX: Final = "org.opencontainers.image."
-_UNSAFE: Final = ("run.oci.", "org.systemd.property.", "org.criu.")
-"""Annotations that crun, runc with systemd, and CRIU obey: handlers, files on the host, properties of units."""
+_UNSAFE: Final = ("run.oci.", "org.systemd.property.", "org.criu.", "io.katacontainers.", "dev.gvisor.")
+"""Annotations that crun, runc with systemd, CRIU, Kata and gVisor obey: handlers, files on the host, properties of units."""
 
 
 class Bind(msgspec.Struct, frozen=True):
@@ -184,7 +184,7 @@ def _annotations(image: ImageConfig) -> dict[str, str]:
     for name, value in image.config.labels.items():
         if name.startswith(_UNSAFE):
             _log.warning("the label %s is no annotation of the container: runtimes obey it", printable(name))
-        else:
+        elif name:
             said[name] = value
     return said
 
