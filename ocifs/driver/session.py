@@ -110,11 +110,13 @@ def _keep_heap() -> None:
     threads share: decoding at random took 1.4 times the processor time and up to 2.5 times as long. The price is room
     between spans, which is resident and of no use.
 
-    By default each thread has a heap of its own, each with such room. Eight readers at random, 134 MB (128 MiB) of spans
-    kept: with a heap a thread, cut where 64 MiB are free at its end, 254 to 319 MB were resident, once 343; with two 271;
-    with one, cut at 8 MiB, 224 to 248 and mostly 225, no more after 16 GB of spans. Of that 25 MB are there before the
-    first read, and 30 are what two decodes under way take. The processor time of a byte read at random is the same; in
-    order it is 3 % more, because two threads are in each other's way where a piece could grow in place.
+    By default each thread has a heap of its own, each with such room. With 134 MB (128 MiB) of spans kept, in MB resident
+    (RssAnon), a heap a thread, cut where 64 MiB are free at its end, against one, cut at 8 MiB: after the random reads of
+    scripts/bench 344 to 425 against 208 to 217, eight readers at random 254 to 319 against 224 to 248, after `tar` 213 to
+    276 against 186 to 214; with two heaps, half-way. It grew no more in 16 GB of spans. Of that 25 MB are there before the
+    first read, and 30 are what two decodes under way take. A byte read at random takes the same processor time; in order it
+    takes 3 to 5 % more, and `tar` under erofs 4 % longer, because two threads are in each other's way where a piece could
+    grow in place.
 
     Other C libraries have no such knobs.
     """
