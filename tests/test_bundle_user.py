@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import shlex
 import shutil
-import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.support.containers import needs_containers, ocifs_run, running, write_image
 from tests.support.mounting import command, patched, run
-from tests.support.ordinary_user import UID, User, ordinary_user
+from tests.support.ordinary_user import UID, User, needs_user_namespaces, ordinary_user
 from tests.support.tarball import DIR, entry
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-def _why_not() -> str:
-    done = subprocess.run(["unshare", "-Urm", "true"], capture_output=True, check=False)
-    return done.stderr.decode() if done.returncode else ""
-
-
-pytestmark = [needs_containers, pytest.mark.skipif(bool(_why_not()), reason="this kernel has no user namespaces")]
+pytestmark = [needs_containers, needs_user_namespaces]
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from ocifs.daemon import runtime_dir
 from ocifs.errors import MachineError
 from tests.support.containers import bundled, in_container, needs_containers, ocifs_run, running, write_image
 from tests.support.mounting import ROOT, mounted, records, run
-from tests.support.ordinary_user import UID, ordinary_user
+from tests.support.ordinary_user import UID, needs_user_namespaces, ordinary_user
 from tests.support.tarball import DIR, entry
 
 SENTENCES = [
@@ -126,6 +126,7 @@ def test_a_container_cannot_change_its_image(tmp_path: Path, driver: str) -> Non
 
 
 @needs_containers
+@needs_user_namespaces
 @pytest.mark.parametrize("subordinate", [False, True])
 def test_root_of_a_users_container_is_that_user(*, subordinate: bool) -> None:
     with ordinary_user(subordinate=subordinate) as user:

@@ -9,11 +9,14 @@ Not here: user namespaces; those are what is tested.
 from __future__ import annotations
 
 import shlex
+import subprocess
 import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
+
+import pytest
 
 from tests.support.mounting import ROOT
 
@@ -21,6 +24,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 UID = 1234
+
+
+def _has_user_namespaces() -> bool:
+    done = subprocess.run(["unshare", "-Urm", "true"], capture_output=True, check=False)
+    return done.returncode == 0
+
+
+needs_user_namespaces = pytest.mark.skipif(not _has_user_namespaces(), reason="this kernel has no user namespaces")
 
 
 class User(NamedTuple):
