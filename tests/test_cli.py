@@ -94,6 +94,17 @@ def test_a_bug_shows_its_traceback_only_with_v(run: Run, failing: Callable[[Base
     assert err.splitlines()[-1].startswith("ocifs: this is a bug")
 
 
+@pytest.mark.parametrize("words", [["umount", "mnt"], ["unbundle", "box"]])
+def test_a_working_directory_that_is_gone_gets_a_sentence(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    message = "ocifs: the working directory is gone; change to one that is there, or give absolute paths\n"
+    assert run(*words) == (3, b"", message)
+
+
 def test_ctrl_c_ends_with_130_and_no_word(run: Run, failing: Callable[[BaseException], None]) -> None:
     failing(KeyboardInterrupt())
     assert run("ps") == (130, b"", "")
@@ -120,6 +131,12 @@ def test_ctrl_c_ends_with_130_and_no_word(run: Run, failing: Callable[[BaseExcep
         (["cache", "gc", "--max-size", "-1"], "--max-size '-1' is not a size such as 64M"),
         (["ls", "--cache-dir", "", SAMPLE], "the cache directory is empty"),
         (["ls", SAMPLE, "/a\0b"], "holds a NUL character"),
+        (["mount", SAMPLE, ""], "the name of a directory is empty"),
+        (["umount", ""], "the name of a directory is empty"),
+        (["stat-mount", ""], "the name of a directory is empty"),
+        (["bundle", SAMPLE, ""], "the name of a directory is empty"),
+        (["bundle", "--upper", "", SAMPLE, "box"], "the name of a directory is empty"),
+        (["unbundle", ""], "the name of a directory is empty"),
     ],
 )
 def test_wrong_words_end_with_2_and_one_line(run: Run, words: list[str], message: str) -> None:

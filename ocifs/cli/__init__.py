@@ -49,7 +49,7 @@ from typing import Final
 
 import click
 
-from ocifs.errors import OcifsError
+from ocifs.errors import NotFoundError, OcifsError
 
 EXIT_USAGE: Final = 2
 EXIT_BUG: Final = 70
@@ -142,8 +142,20 @@ def _after_output(status: int) -> int:
     return status
 
 
+def _has_working_directory() -> bool:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def _unforeseen(error: Exception) -> int:
-    """Call it a bug, unless click could not write: what --help and --version print goes out through click alone."""
+    """Call it a bug, but for two things that can happen to every command.
+
+    The working directory may be gone. And click may not be able to write: what --help and --version print goes out through
+    click alone.
+    """
     import logging
     import traceback
 
@@ -155,6 +167,10 @@ def _unforeseen(error: Exception) -> int:
         complain(str(failed))
         discard_output()
         return failed.exit_code
+    if isinstance(error, FileNotFoundError) and not _has_working_directory():
+        complain("the working directory is gone; change to one that is there, or give absolute paths")
+        discard_output()
+        return NotFoundError.exit_code
     if logging.getLogger("ocifs").isEnabledFor(logging.INFO):
         traceback.print_exception(error)
     what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

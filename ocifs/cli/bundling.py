@@ -131,7 +131,7 @@ def bundle(
         def opening(options: ImageOptions) -> contextlib.AbstractContextManager[Image]:
             return opt.opened_image(choice, ref, store=store, options=options)
 
-        make_bundle(Path(directory), opening, plan)
+        make_bundle(opt.place(directory), opening, plan)
 
 
 @click.command(epilog=opt.examples("ocifs unbundle box", "ocifs unbundle --delete /run/bundles/*"))
@@ -142,7 +142,7 @@ def unbundle(choice: Choice, directories: tuple[str, ...], *, delete: bool) -> N
     """End bundles: nothing stays mounted. What containers changed stays, unless it was kept in memory."""
     from ocifs.bundle.lifecycle import end_bundle
 
-    opt.for_each(directories, lambda directory: end_bundle(Path(directory), delete=delete))
+    opt.for_each(directories, lambda directory: end_bundle(opt.place(directory), delete=delete))
 
 
 @click.command(
@@ -330,4 +330,4 @@ def _id_map() -> IdMap:
 
 
 def _absolute(path: str | None) -> Path | None:
-    return None if path is None else Path(os.path.realpath(path))
+    return None if path is None else Path(os.path.realpath(opt.place(path)))

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import click
@@ -115,7 +114,7 @@ def mount_on(
         words = evidence_options(words)
         _views(choice)
     with (
-        reserve(Path(directory), wanted=driver, words=words, examining=examining) as place,
+        reserve(opt.place(directory), wanted=driver, words=words, examining=examining) as place,
         opt.opened_store(choice) as store,
         opt.opened_image(choice, ref, store=store) as image,
     ):
@@ -158,9 +157,9 @@ def umount(choice: Choice, directories: tuple[str, ...], *, lazy: bool, dead: bo
 
     def end(directory: str) -> None:
         if dead:
-            daemon.clean_up(Path(directory))
+            daemon.clean_up(opt.place(directory))
         else:
-            daemon.unmount(Path(directory), lazy=lazy)
+            daemon.unmount(opt.place(directory), lazy=lazy)
 
     opt.for_each(directories, end)
 
@@ -234,7 +233,7 @@ def stat_mount(choice: Choice, directory: str, *, as_json: bool) -> None:  # noq
     """
     from ocifs import daemon
 
-    record, statistics = daemon.statistics_at(Path(directory))
+    record, statistics = daemon.statistics_at(opt.place(directory))
     if as_json:
         output.print_json(statistics)
         return

@@ -277,6 +277,13 @@ def refs_argument(function: _F) -> _F:
     return click.argument("refs", metavar="REF…", nargs=-1, required=True, shell_complete=_complete_ref)(function)
 
 
+def place(directory: str) -> Path:
+    """A directory named on the command line. An empty name is a mistake, and not the working directory."""
+    if not directory:
+        raise UsageError("the name of a directory is empty")
+    return Path(directory)
+
+
 # -- opening -------------------------------------------------------------------------------------------------------
 
 
