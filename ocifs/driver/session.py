@@ -294,9 +294,14 @@ class Session:
 
         while True:
             await trio.lowlevel.wait_readable(asking)
-            with contextlib.suppress(OSError), asking.accept()[0] as one:
-                one.setblocking(False)  # noqa: FBT003  (its only signature)
-                one.send(msgspec.json.encode(self._statistics()))
+            try:
+                with asking.accept()[0] as one:
+                    one.setblocking(False)  # noqa: FBT003  (its only signature)
+                    one.send(msgspec.json.encode(self._statistics()))
+            except OSError as error:
+                # Who asked is gone; or no more files may be open, and it would be readable without end.
+                _log.debug("nobody could be told the statistics: %s", error)
+                await trio.sleep(1)
 
     async def _start(self, begun: trio.Event, serving: trio.CancelScope) -> None:
         try:
