@@ -25,7 +25,7 @@ from tests.support.containers import (
     running,
     write_image,
 )
-from tests.support.mounting import Process, ocifs, patched, record_of, run
+from tests.support.mounting import Process, command, ocifs, patched, record_of, run
 from tests.support.tarball import DIR, HARDLINK, entry
 
 pytestmark = needs_containers
@@ -364,6 +364,24 @@ def test_a_bundle_that_fails_leaves_nothing(image: str, box: Path, step: str, ho
     try:
         assert done.returncode == status
         assert gone(box)
+    finally:
+        clear_away(box)
+
+
+def test_of_two_that_make_a_bundle_of_one_directory_the_first_does(image: str, box: Path) -> None:
+    """The second has found it empty, and must not take down with itself what the first has made."""
+    code = (
+        "import subprocess, ocifs.bundle.lifecycle as one\nplain = one._make\n"
+        f"def second(*words):\n    subprocess.run({command('bundle', image, box)!r}, check=True)\n    return plain(*words)\n"
+        "one._make = second"
+    )
+    try:
+        done = run(patched(code, "bundle", image, box))
+        assert (done.returncode, done.stderr) == (7, f"ocifs: {box} has just been made a bundle by another ocifs\n")
+        assert sorted(path.name for path in box.iterdir()) == [
+            *("config.json", "lower", "ocifs.json", "rootfs", "upper", "work")
+        ]
+        assert ocifs("unbundle", "--delete", box).returncode == 0
     finally:
         clear_away(box)
 

@@ -13,7 +13,7 @@ import pytest
 import trio
 import trio.testing
 
-from ocifs.bundle.state import FORMAT, State, save
+from ocifs.bundle.state import FORMAT, State, create
 from ocifs.errors import BusyError, DamagedError, MachineError
 from ocifs.evidence import FIRST, About, EvidenceLog, verify
 from ocifs.image import ImageOptions
@@ -403,7 +403,7 @@ def test_what_is_compared_with_a_bundle_is_logged(tmp_path: Path, ocifs: Run) ->
         lower=str(bundle / "lower"),
         upper=str(bundle / "upper"),
     )
-    save(bundle, made)
+    create(bundle, made)
     assert ocifs("diff-upper", "--evidence-log", str(path), str(bundle)).status == 0
     assert told(path, "event", "layer", "size") == [
         ("began", None, None),

@@ -138,9 +138,9 @@ def _make(directory: Path, image: Image, plan: Plan, undo: ExitStack) -> State:
         work=str(changes / "work") if changes else None,
         ephemeral=plan.ephemeral,
     )
+    state.create(directory, made)
     undo.callback((directory / state.NAME).unlink, missing_ok=True)
     undo.callback((directory / CONFIG).unlink, missing_ok=True)
-    state.save(directory, made)
     _make_directory(rootfs, undo)
     if not read_only:
         _make_directory(lower, undo, mode=0o700)

@@ -14,7 +14,7 @@ from typing import Final
 
 import msgspec
 
-from ocifs.errors import DamagedError, MachineError, NotFoundError, UnsupportedError
+from ocifs.errors import BusyError, DamagedError, MachineError, NotFoundError, UnsupportedError
 from ocifs.image import ImageOptions
 
 FORMAT: Final = 1
@@ -52,9 +52,21 @@ class State(msgspec.Struct, frozen=True):
         return self.upper is None
 
 
-def save(directory: Path, state: State) -> None:
-    """Write the state of the bundle in ``directory``, at once or not at all."""
-    write(directory / NAME, _encoded(state))
+def create(directory: Path, state: State) -> None:
+    """Write the state of a new bundle in ``directory``, at once or not at all.
+
+    Raises `BusyError` if somebody has made a bundle of it meanwhile.
+    """
+    path, new = directory / NAME, directory / f"{NAME}.{os.getpid()}"
+    try:
+        new.write_bytes(_encoded(state))
+        os.link(new, path)  # unlike a renaming, this replaces nothing
+    except FileExistsError:
+        raise BusyError(f"{directory} has just been made a bundle by another ocifs") from None
+    except OSError as error:
+        raise MachineError(f"cannot write {path}: {error.strerror}") from error
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def write(path: Path, content: bytes) -> None:
