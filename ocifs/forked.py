@@ -118,13 +118,18 @@ def _fork(main: Callable[[int], None], doing: str, mask: set[signal.Signals | in
     return Child(pid, reader)
 
 
+def ends_with(parent: int, number: signal.Signals) -> bool:
+    """Have the system send this process a signal when the parent that forked it dies; says whether it still lives."""
+    import ctypes  # noqa: PLC0415 (1.5 ms, for the few commands that have something to build)
+
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
+    return os.getppid() == parent  # else it died before the line above
+
+
 def _live(main: Callable[[int], None], pipe: int, parent: int, mask: set[signal.Signals | int]) -> Never:
     status = 1
     try:
-        import ctypes  # noqa: PLC0415 (1.5 ms, for the few commands that have something to build)
-
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() == parent:  # else it died before the line above
+        if ends_with(parent, signal.SIGKILL):
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGALRM, signal.SIGUSR1, signal.SIGUSR2):
                 signal.signal(number, signal.SIG_DFL)

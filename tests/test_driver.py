@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import select
 import signal
 import sys
 import time
@@ -19,7 +20,7 @@ from ocifs import kernel
 from ocifs.driver import Verdict, check_allowed, check_options, choice, choose, erofs_verdict, probe, probing, session
 from ocifs.driver.options import libfuse_options
 from ocifs.errors import MachineError, OcifsError, UsageError
-from tests.support.mounting import run
+from tests.support.mounting import LIMIT, run
 
 WORKS = Verdict(works=True)
 FAILS = Verdict(works=False, reason="this kernel cannot be trusted")
@@ -283,6 +284,25 @@ def test_a_probe_works_or_says_why_and_leaves_nothing(tmp_path: Path) -> None:
     seen = probe(tmp_path)
     assert seen.works or seen.reason
     assert seen.works == (seen.reason == "")
+    assert [line for line in mounts() if str(tmp_path) in line] == []
+    assert os.listdir(tmp_path) == []
+
+
+@needs_probe
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_probe_that_is_ended_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
+    code = (
+        "import os, sys\nfrom pathlib import Path\nfrom ocifs.driver import probing\n"
+        f"probing._probe_read = lambda path: os.kill(os.getpid(), {number:d})\nprobing.probe(Path(sys.argv[1]))"
+    )
+    told, tell = os.pipe()
+    try:
+        assert run([sys.executable, "-c", code, str(tmp_path)], pass_fds=[tell]).returncode == -number
+    finally:
+        os.close(tell)
+    with os.fdopen(told) as last:
+        # It ends with the last process that has the other end.
+        assert select.select([last], [], [], LIMIT)[0]
     assert [line for line in mounts() if str(tmp_path) in line] == []
     assert os.listdir(tmp_path) == []
 

@@ -22,6 +22,7 @@ from ocifs.driver.options import ALWAYS
 from ocifs.driver.serving import serve_erofs
 from ocifs.driver.session import Keeper
 from ocifs.errors import MachineError, OcifsError
+from ocifs.forked import ends_with
 from ocifs.tree import Extent, Kind, Node, Origin
 
 
@@ -58,17 +59,21 @@ def probe(runtime: Path) -> Verdict:
     except OSError as error:
         return Verdict(works=False, reason=f"the probe could not run: {error}", lasting=False)
     finally:
-        for name in ("mnt", "private", ""):
-            with contextlib.suppress(OSError):
-                (place / name).rmdir()
+        _remove(place)
+
+
+def _remove(place: Path) -> None:
+    for name in ("mnt", "private", ""):
+        with contextlib.suppress(OSError):
+            (place / name).rmdir()
 
 
 def _probe_at(place: Path) -> Verdict:
     told, tell = os.pipe2(os.O_CLOEXEC)
     # Forked, not started anew: a new interpreter would look for its modules where whoever called us likes.
-    child = os.fork()
+    parent, child = os.getpid(), os.fork()
     if child == 0:
-        _serve_probe(place, tell)
+        _serve_probe(place, tell, parent)
     os.close(tell)
     ended = os.pidfd_open(child)
     try:
@@ -123,25 +128,33 @@ class _Bytes(NamedTuple):
         return self.data[offset : offset + size]
 
 
-def _serve_probe(place: Path, tell: int) -> NoReturn:
-    """Be the probe's session, in a process of its own: a file of two pages, the second of which cannot be read."""
+def _serve_probe(place: Path, tell: int, parent: int) -> NoReturn:
+    """Be the probe's session, in a process of its own, which ends with whoever probes and cleans up if that was killed."""
+    try:
+        if ends_with(parent, signal.SIGTERM):
+            _serve_file(place, tell)
+    finally:
+        if os.getppid() != parent:
+            _remove(place)
+        # What is above on the stack is the parent's.
+        os._exit(0)
+
+
+def _serve_file(place: Path, tell: int) -> None:
+    """Mount a file of two pages, the second of which cannot be read, and serve it until a signal comes."""
 
     def ready() -> None:
         os.write(tell, b"ready\n")
 
+    null = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):
+        os.dup2(null, stream)
+    logging.disable()  # that the device fails is as it should be
     try:
-        null = os.open(os.devnull, os.O_RDWR)
-        for stream in (0, 1, 2):
-            os.dup2(null, stream)
-        logging.disable()  # that the device fails is as it should be
-        try:
-            files = [_Bytes(tree := _probe_tree(), len(tree)), _Bytes(_GOOD, 2 * len(_GOOD))]
-            serve_erofs(files, (), place / "mnt", place / "private", ALWAYS, Keeper(lambda _: None, ready))
-        except OcifsError as error:
-            os.write(tell, f"{error}\n".encode(errors="backslashreplace"))
-    finally:
-        # What is above on the stack is the parent's.
-        os._exit(0)
+        files = [_Bytes(tree := _probe_tree(), len(tree)), _Bytes(_GOOD, 2 * len(_GOOD))]
+        serve_erofs(files, (), place / "mnt", place / "private", ALWAYS, Keeper(lambda _: None, ready))
+    except OcifsError as error:
+        os.write(tell, f"{error}\n".encode(errors="backslashreplace"))
 
 
 def _probe_tree() -> bytes:
