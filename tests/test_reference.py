@@ -117,7 +117,7 @@ def test_what_is_no_reference_says_why(text: str, error: type[OcifsError], messa
         ("alpine", "docker://alpine oci:alpine:latest"),
         ("alpine:3.20#2", "docker://alpine:3.20 oci:alpine:3.20"),
         ("docker.io/library/alpine", "docker://docker.io/library/alpine oci:alpine:latest"),
-        ("quay.io/a/b_c:v1.0", "docker://quay.io/a/b_c:v1.0 oci:b_c:v1.0"),
+        ("example.org/a/b_c:v1.0", "docker://example.org/a/b_c:v1.0 oci:b_c:v1.0"),
         ("localhost:5000/x:1", "docker://localhost:5000/x:1 oci:x:1"),
         (f"debian@sha256:{HEX}", f"docker://debian@sha256:{HEX} oci:debian:latest"),
         ("docker://alpine", "docker://alpine oci:alpine:latest"),
