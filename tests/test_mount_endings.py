@@ -165,6 +165,27 @@ def test_a_mount_whose_command_was_interrupted_is_none(image: str, tmp_path: Pat
     assert [one.name for one in runtime.iterdir() if "probe" not in one.name] == []
 
 
+FORKING = """
+import os, signal
+from ocifs.daemon import running
+started, starter = running._started, os.getpid()
+def hooked(*words):
+    def interrupt():
+        if os.getpid() == starter:
+            os.kill(starter, signal.SIGINT)
+    os.register_at_fork(after_in_parent=interrupt)
+    return started(*words)
+running._started = hooked
+"""
+"""Has ^C arrive when the daemon has just been forked, and Python does what others have asked it to do then."""
+
+
+def test_an_interrupt_while_the_daemon_is_forked_is_not_lost(image: str, tmp_path: Path, place: Path) -> None:
+    done = run(patched(FORKING, "mount", "--cache-dir", str(tmp_path / "cache"), image, str(place)))
+    assert (done.returncode, done.stderr) == (130, "")
+    assert not in_mountinfo(place)
+
+
 RECYCLED = """
 import os
 from ocifs.driver import serving, session

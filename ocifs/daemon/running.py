@@ -92,19 +92,16 @@ def run_background(serve: Serve, record: Record, claim: Claim) -> Record:
     From then on the claim is the daemon's. Whatever ends the wait, a signal or an interrupt too, ends the daemon: there is
     a mount if this returns, and none if it raises.
     """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
     try:
-        ours, theirs = socket.socketpair()
-        # Forked twice: whoever called us may live on, and must not have to wait for a child that it knows nothing of.
-        child = os.fork()
-    except OSError as error:
-        message = f"cannot start a daemon for {record.mountpoint}: {error.strerror}"
-        raise MachineError(message) from error
-    if child == 0:
-        ours.close()  # or nobody would see that the reader is gone
-        _fork_daemon(serve, record, claim, theirs)
-    theirs.close()
+        child, ours = _started(serve, record, claim, before)
+    except BaseException:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        raise
     try:
         with ours, _dismissing(ours), ours.makefile("rb") as told:
+            # What has come meanwhile is raised here, where it is heard: what is raised while Python forks is lost.
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
             os.waitpid(child, 0)
             answer = told.readline()
             if answer == _READY:
@@ -141,6 +138,25 @@ def _dismissing(daemon: socket.socket) -> Iterator[None]:
             while daemon.recv(4096):
                 pass
         raise
+
+
+def _started(serve: Serve, record: Record, claim: Claim, mask: set[signal.Signals | int]) -> tuple[int, socket.socket]:
+    """Start a daemon; give the process between it and us, which ends at once, and our end of a socket to the daemon.
+
+    Forked twice: whoever called us may live on, and must not have to wait for a child that it knows nothing of.
+    """
+    try:
+        ours, theirs = socket.socketpair()
+        child = os.fork()
+    except OSError as error:
+        message = f"cannot start a daemon for {record.mountpoint}: {error.strerror}"
+        raise MachineError(message) from error
+    if child == 0:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        ours.close()  # or nobody would see that the reader is gone
+        _fork_daemon(serve, record, claim, theirs)
+    theirs.close()
+    return child, ours
 
 
 def _fork_daemon(serve: Serve, record: Record, claim: Claim, starter: socket.socket) -> NoReturn:
