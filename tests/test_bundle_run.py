@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pty
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -144,6 +145,32 @@ def test_a_runtime_that_is_not_there_gets_a_sentence(image: str, tmp_path: Path)
     assert (done.returncode, done.stderr) == (6, "ocifs: crun cannot be found; install the package crun\n")
     done = ocifs("run", image, env={"PATH": str(tmp_path / "bin")})
     assert (done.returncode, done.stderr) == (6, "ocifs: runc and crun cannot be found; install the package runc\n")
+
+
+@pytest.fixture
+def crun(tmp_path: Path) -> list[str]:
+    """Words to be put before others: crun is found, and runs whatever control groups the machine has."""
+    found = shutil.which("crun")
+    if found is None:
+        pytest.skip("crun is not installed")
+    own = tmp_path / "bin" / "crun"
+    own.parent.mkdir()
+    own.write_text(f'#!/bin/sh\nexec {found} --cgroup-manager=disabled "$@"\n')
+    own.chmod(0o755)
+    groups = (
+        'umount -lR /sys/fs/cgroup; mount -t cgroup2 cgroup2 /sys/fs/cgroup && PATH="$1:$PATH" && shift && exec "$@"'
+    )
+    return ["unshare", "--mount", "--propagation", "private", "sh", "-c", groups, "sh", str(own.parent)]
+
+
+def test_crun_runs_it_too(image: str, crun: list[str]) -> None:
+    words = [*crun, *ocifs_run("--runtime", "crun", image), "/bin/sh", "-c"]
+    done = run([*words, "cat /etc/motd; touch /x; id -u >&2; exit 7"])
+    assert (done.returncode, done.stdout, done.stderr) == (7, "from the image\n", "0\n")
+    with running([*words, TRAPPED], until="up") as container:
+        container.send_signal(signal.SIGTERM)
+        assert container.communicate(timeout=LIMIT)[0] == "stopped\n"
+        assert container.returncode == 5
 
 
 # -- a terminal ----------------------------------------------------------------------------------------------------
