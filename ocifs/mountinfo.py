@@ -77,6 +77,12 @@ def mount_holding(path: str | os.PathLike[str]) -> MountEntry | None:
     return max(filter(holds, reversed(mounts())), key=lambda entry: len(entry.mountpoint), default=None)
 
 
+def file_system_of(path: str | os.PathLike[str]) -> str:
+    """The type of what the file at ``path`` lies in, as ``ext4``."""
+    there = mount_holding(path)
+    return there.fs_type if there is not None else "unknown"
+
+
 def roots() -> Iterator[tuple[int, int]]:
     """Every process that we may look at, with the st_dev of what its root directory is in: ``(pid, device)``.
 

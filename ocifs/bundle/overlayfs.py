@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Final
 
 from ocifs.errors import MachineError
-from ocifs.mountinfo import mount_holding, mounts
+from ocifs.mountinfo import file_system_of, mounts
 
 _OPTIONS: Final = ("index=off", "metacopy=off", "redirect_dir=nofollow")
 _MS_NOSUID: Final = 2  # include/uapi/linux/mount.h
@@ -82,21 +82,16 @@ def _escaped(path: Path) -> str:
 
 
 def _meaning(error: OSError, lower: Path, upper: Path) -> str:
-    kind = _file_system_of(upper)
+    kind = file_system_of(upper)
     if error.errno == errno.ENODEV:
         return "the kernel has no overlayfs; modprobe overlay"
     if error.errno == errno.EPERM:
         return "only root may mount"
     if error.errno == errno.EINVAL and kind in _NO_UPPER:
-        return f"{upper} is on {kind}, which cannot keep changes; say --upper with a directory on ext4, xfs or btrfs"
-    if error.errno == errno.EINVAL and _file_system_of(lower) in ("overlay", "erofs"):
+        return f"{upper} is on {kind}, which cannot keep changes; say --upper with a directory on ext4 or xfs, or --ephemeral"
+    if error.errno == errno.EINVAL and file_system_of(lower) in ("overlay", "erofs"):
         return (
             f"the kernel stacks {STACKING_MAX} file systems at most, and {lower} is such a stack itself; some kernels count "
-            "EROFS, so that there is one level less with --driver fuse"
+            "EROFS, and there --driver fuse needs one level less"
         )
     return str(error.strerror)
-
-
-def _file_system_of(path: Path) -> str:
-    there = mount_holding(path)
-    return there.fs_type if there is not None else "unknown"

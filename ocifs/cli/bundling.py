@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
-_DRIVERS: Final = ("auto", "erofs", "fuse")
 _PATCH_LIMIT: Final = 4 << 20
 _AFTER_REF: Final[dict[str, Any]] = {"allow_interspersed_args": False}
 """What comes behind REF is the container's, whatever it looks like."""
@@ -69,7 +68,7 @@ def _asking(function: _F) -> _F:
             ),
             click.option(
                 "--driver",
-                type=click.Choice(_DRIVERS),
+                type=click.Choice(opt.DRIVERS),
                 default="auto",
                 help="Who walks the image's tree; see 'ocifs mount --help'.  [default: auto]",
             ),

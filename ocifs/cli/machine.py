@@ -140,17 +140,12 @@ def _cache(choice: Choice) -> Finding:
                 new.file.write(b"written, and removed again")
     except OcifsError as error:
         return _lacking(name, purpose, "unusable", str(error), needed=True)
+    from ocifs.mountinfo import file_system_of
+
     disk = os.statvfs(path)
     free = output.human_size(disk.f_bavail * disk.f_frsize)
-    detail = f"{path} ({_file_system(path)}), {output.human_size(size)} used, {free} free"
+    detail = f"{path} ({file_system_of(path)}), {output.human_size(size)} used, {free} free"
     return _there(name, purpose, detail, needed=True)
-
-
-def _file_system(path: Path) -> str:
-    from ocifs.mountinfo import mount_holding
-
-    there = mount_holding(path)
-    return there.fs_type if there is not None else "unknown"
 
 
 def _fuse_device() -> Finding:

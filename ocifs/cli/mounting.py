@@ -33,7 +33,6 @@ _COLUMNS: Final = {
     "errors": "ERRORS",
 }
 """What of statistics a line has room for. Spans are verified when they are decoded."""
-_DRIVERS: Final = ("auto", "erofs", "fuse")
 
 
 def _complete_mountpoint(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -67,7 +66,7 @@ class _Mount(click.Command):
 )
 @click.option(
     "--driver",
-    type=click.Choice(_DRIVERS),
+    type=click.Choice(opt.DRIVERS),
     default="auto",
     help="Who walks the tree: fuse, this program, works everywhere; erofs, the kernel, is faster, needs root and Linux "
     "6.12, and shows the mount to all users; auto, erofs where it works and nothing asks for fuse.  [default: auto]",

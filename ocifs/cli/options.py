@@ -177,6 +177,9 @@ _MEMORY: Final = (
         "--cache-memory", metavar="SIZE", help="Decoded data to keep in memory, as 64M or 1GiB.  [default: 128MiB]"
     ),
 )
+DRIVERS: Final = ("auto", "erofs", "fuse")
+"""As `ocifs.driver.DRIVERS`, which takes long to import."""
+
 _NAMES: Final = frozenset(Choice._fields)
 
 
