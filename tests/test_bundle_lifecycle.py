@@ -475,7 +475,7 @@ def test_an_upper_directory_where_it_cannot_be_gets_a_sentence(image: str, tmp_p
         place = tmp_path / "outer/rootfs/place"
         done = ocifs("bundle", "--upper", place, image, tmp_path / "inner")
         assert done.returncode == 6
-        assert f"{place}/upper is on overlay, which cannot keep changes; say --upper with a directory on" in done.stderr
+        assert f"{place}/upper is on overlay, which cannot keep changes; say --upper with a place on" in done.stderr
         assert gone(tmp_path / "inner")
         assert not place.exists()
 
