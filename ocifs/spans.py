@@ -196,6 +196,7 @@ class SpanReader:
         self._courses = {number: _Course() for number in self.layers}
         self._threads = threads
         self._limiter: trio.CapacityLimiter | None = None
+        self._loop: trio.lowlevel.TrioToken | None = None
         self._writing_down = False
 
     def decoding(self) -> bool:
@@ -313,8 +314,10 @@ class SpanReader:
         """Decode the span further: all of it, or as far as ``need`` and some."""
         import trio  # noqa: PLC0415 (commands that read without mounting start 80 ms sooner)
 
-        if self._limiter is None:
-            self._limiter = trio.CapacityLimiter(self._threads)
+        loop = trio.lowlevel.current_trio_token()
+        if self._limiter is None or self._loop is not loop:
+            # A thread that one event loop left alone never gives its place back to the next.
+            self._limiter, self._loop = trio.CapacityLimiter(self._threads), loop
         layer = self.layers[key.layer]
         target = self._size(key)
         if need is not None and layer.index.partly:

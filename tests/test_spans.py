@@ -409,6 +409,28 @@ def test_a_reader_that_is_cancelled_waits_for_no_thread_and_the_others_begin_ane
     assert (reader.cache.size, reader.decoded_spans, reader.decoded_bytes) == (LARGE, 2, 10 + SLACK + LARGE)
 
 
+def test_a_thread_that_an_ended_loop_left_alone_takes_no_place_in_the_next() -> None:
+    index, data = layer(100, 100)
+    hanging = index.held[0] = threading.Event()
+    reader = SpanReader([data], threads=1)
+
+    async def given_up() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(reader.read, 1, 0, 10)
+            await index.until_started()
+            nursery.cancel_scope.cancel()
+
+    async def read_on() -> None:
+        await reader.read(1, 100, 10)
+
+    run(given_up)
+    try:
+        run(read_on)
+    finally:
+        hanging.set()
+    assert [span for span, _ in index.decoded][-1] == 1
+
+
 def test_a_thread_that_was_left_alone_counts_until_it_ends() -> None:
     index, data = layer(100, 100)
     index.held[0] = threading.Event()
