@@ -88,7 +88,9 @@ def _meaning(error: OSError, lower: Path, upper: Path) -> str:
     if error.errno == errno.EPERM:
         return "only root may mount"
     if error.errno == errno.EINVAL and kind in _NO_UPPER:
-        return f"{upper} is on {kind}, which cannot keep changes; say --upper with a place on ext4 or xfs, or --ephemeral"
+        return (
+            f"{upper} is on {kind}, which cannot keep changes; say --upper with a place on ext4 or xfs, or --ephemeral"
+        )
     if error.errno == errno.EINVAL and file_system_of(lower) in ("overlay", "erofs"):
         return (
             f"the kernel stacks {STACKING_MAX} file systems at most, and {lower} is such a stack itself; some kernels count "
