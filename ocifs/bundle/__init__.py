@@ -20,7 +20,8 @@ A bundle's directory is its owner's alone (mode 0700), because an image may have
 ``rootfs``           the container's root: an overlay, or with ``--read-only`` the image itself
 ``lower``            the image, mounted below that overlay
 ``upper``, ``work``  the overlay's own: what containers changed. With ``--upper PLACE`` both are in PLACE, beside a file
-                     ``image`` with the manifest digest of the image that they belong to
+                     ``image`` with the manifest digest of the image that they belong to; or PLACE is a bundle that has
+                     been ended. PLACE is its owner's alone as well
 ``memory``           with ``--ephemeral`` a tmpfs, and ``upper`` and ``work`` in it
 ===================  ==================================================================================================
 

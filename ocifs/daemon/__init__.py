@@ -1,7 +1,8 @@
 """The life of a mount: claim the place, mount, tell who waits when it answers, end cleanly however it ends.
 
 A mount is one process. The command opens the image (which may index layers for a while, with a progress bar), claims the
-mount point, starts a daemon, and waits until it says that the mount has answered a stat(2), or why not.
+mount point, starts a daemon, and waits until it says that the mount has answered a stat(2), or why not. A command that is
+ended before it has heard that leaves neither daemon nor mount.
 
 How a mount ends
     SIGTERM, SIGINT, SIGHUP or an unmount by anyone: the session loop returns, the mount is taken down if it is still there,

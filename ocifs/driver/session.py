@@ -148,7 +148,7 @@ class Keeper:
     attached: Callable[[int], None]
     """Called with the mount's st_dev as soon as it is known: before anybody can see the mount, or just after."""
     ready: Callable[[], None]
-    """Called once the mount answers. What it raises ends the mount."""
+    """Called once the mount answers, in a thread of its own: it may wait. What it raises ends the mount."""
     asking: socket.socket | None = None
     """Listens for those who want `Statistics`: each that connects is sent them as JSON."""
 
@@ -342,7 +342,7 @@ def _ending_signals() -> set[signal.Signals]:
 
 
 async def in_thread(function: Callable[..., object], *arguments: object) -> None:
-    """Do what makes the kernel ask us something in return."""
+    """Do what may wait, for the kernel that asks us something in return, or for somebody else."""
     import trio
 
     # Abandoned if the session ends: then nobody is left to answer what the thread may be waiting for.
