@@ -136,7 +136,7 @@ def test_a_root_of_nobody_who_is_there_works(user: User) -> None:
     image = write_image(user.home / "other", entry("./", type=DIR, mode=0o755, uid=1000, gid=1000))
     done = run([*user.words, *ocifs_run(image), "/bin/sh", "-c", "touch /x && stat -c '%u %g' /x"])
     assert (done.returncode, done.stdout) == (0, "0 0\n")
-    assert done.stderr == "the container's root does not belong to 1000:1000: Invalid argument\n"
+    assert done.stderr == "ocifs: the container's root does not belong to 1000:1000: Invalid argument\n"
 
 
 def test_a_root_of_another_mode_works(user: User) -> None:

@@ -183,6 +183,14 @@ DRIVERS: Final = ("auto", "erofs", "fuse")
 _NAMES: Final = frozenset(Choice._fields)
 
 
+def _sign_warnings() -> None:
+    """Let what is logged without ``-v`` begin as every other line on standard error does."""
+    import logging
+
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(logging.Formatter("ocifs: %(message)s"))
+
+
 def _declared(groups: Sequence[Sequence[Callable[[_F], _F]]]) -> Callable[[_F], _F]:
     """Declare options on a command and hand them to it as a `Choice`, its first argument."""
 
@@ -190,6 +198,7 @@ def _declared(groups: Sequence[Sequence[Callable[[_F], _F]]]) -> Callable[[_F], 
         @functools.wraps(function)
         def command(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 (stands for every command's signature)
             chosen = {name: kwargs.pop(name) for name in _NAMES & kwargs.keys()}
+            _sign_warnings()
             return function(Choice(**chosen), *args, **kwargs)
 
         decorated: Any = command
